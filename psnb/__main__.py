@@ -1,0 +1,125 @@
+"""The command line: `psnb run`, `psnb list`, `psnb report` (also `python -m psnb`)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import psnb
+from psnb.errors import UserError
+
+EXAMPLES = """examples:
+  psnb run                                            the embedded study, as far as it is not done yet
+  psnb run --only 03_draft_length -p '03_draft_length.ks=[1,2,4]'
+  psnb run --profile h200 --fresh                     measure everything again
+  psnb run --profile my.toml --only eagle-ps --fresh  train one drafter again
+  psnb list --profile smoke                           what is done, what the rest would cost
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The arguments of all commands."""
+    top = argparse.ArgumentParser(
+        prog="psnb", description=psnb.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    top.add_argument("--version", action="version", version=f"psnb {psnb.__version__}")
+    commands = top.add_subparsers(dest="command", required=True, metavar="run | list | report")
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--profile", default="embedded", metavar="P", help="a profile's name, or a .toml file (default: embedded)"
+    )
+    common.add_argument(
+        "--output", default="", metavar="DIR", help="folder for results/ and figures/ (default: the project's)"
+    )
+
+    run = commands.add_parser("run", parents=[common], help="run the notebooks and write the report")
+    run.add_argument("--only", metavar="STAGE", help="run this stage alone (names: psnb list)")
+    run.add_argument(
+        "--fresh", action="store_true", help="measure again; with --only make that stage again, weights too"
+    )
+    run.add_argument(
+        "-p",
+        dest="parameters",
+        action="append",
+        default=[],
+        metavar="NOTEBOOK.name=value",
+        help="a notebook's parameter",
+    )
+
+    commands.add_parser("list", parents=[common], help="stages, what is done, what each costs")
+
+    report = commands.add_parser("report", parents=[common], help="write the report from what was run")
+    report.add_argument("--readme", action="store_true", help="write the results block of README.md instead")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command. Exit codes: 0, 1 (a file cannot be written), 2 (the user can mend it), 130 (Ctrl-C)."""
+    given = parser().parse_args(arguments)
+    try:
+        return command(given)
+    except UserError as error:
+        print(f"psnb: error: {error}", file=sys.stderr)
+        return 1 if type(error).__name__ == "DiskError" else 2
+    except KeyboardInterrupt:
+        print("psnb: stopped; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `psnb list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"psnb: error: {error.filename or 'a file'}: {error.strerror or error}", file=sys.stderr)
+        return 1
+
+
+def command(given: argparse.Namespace) -> int:
+    """One command, parsed. Heavy modules are imported where they are needed."""
+    from psnb import study
+
+    if given.command == "list":
+        status = study.Study.open(given.profile, given.output).status()
+        print(
+            status.to_string(
+                index=False, justify="left", formatters={c: f"{{:<{w}}}".format for c, w in _widths(status)}
+            )
+        )
+    elif given.command == "run":
+        results = study.run(given.profile, given.only, given.fresh, _parameters(given.parameters), given.output)
+        _where(results)
+    elif given.readme:
+        from psnb import report
+
+        root = study.project()
+        report.readme(root / "README.md", root / "results" / "embedded" / "summary.csv")
+        print(f"written: {root / 'README.md'}")
+    else:
+        opened = study.Study.open(given.profile, given.output)
+        study.report(opened)
+        _where(opened.results)
+    return 0
+
+
+def _parameters(texts: list[str]) -> dict[str, dict[str, str]]:
+    """["NOTEBOOK.name=value", ...] -> {notebook: {name: value}}; UserError for another form."""
+    found: dict[str, dict[str, str]] = {}
+    for text in texts:
+        left, equals, value = text.partition("=")
+        notebook, dot, name = left.partition(".")
+        if not (equals and dot):
+            raise UserError(f"-p {text}: write it as NOTEBOOK.name=value, such as 03_draft_length.ks=[1,2,4]")
+        found.setdefault(notebook, {})[name] = value
+    return found
+
+
+def _where(results: Path) -> None:
+    for name, what in (("report.html", "report"), ("summary.csv", "numbers"), ("manifest.json", "manifest")):
+        if (results / name).is_file():
+            print(f"{what + ':':<10}{results / name}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

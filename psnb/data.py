@@ -1,0 +1,706 @@
+"""Corpora and prompt sets become token rows: files -> documents -> tokens -> packed rows.
+
+    files = environment_files(Path("constraints.txt"))
+    corpus = code_corpus(files, held_out=HELD_OUT)             # DatasetDict: train, held_out
+    tokenizer = train_tokenizer(sample_texts(corpus["train"], 60_000_000), vocab_size=5120)
+    rows = pack(tokenize(corpus["train"], tokenizer), length=1024)
+
+The corpus is the Python source of the study's own pinned environment: it needs no network and is the same on every
+machine that installed the same pins.
+"""
+
+from __future__ import annotations
+
+import ast
+import bisect
+import hashlib
+import importlib.metadata
+import json
+import logging
+import lzma
+import os
+import platform
+import re
+import shutil
+import sysconfig
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path, PurePosixPath
+
+import jinja2
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from psnb.errors import UserError
+
+log = logging.getLogger(__name__)
+
+EOS = "<|endoftext|>"
+NEVER = ("pip", "setuptools", "wheel", "psnb")  # differ between machines, or are the study itself
+HELD_OUT = ("attrs", "jinja2", "jsonschema", "mistune", "networkx", "tornado", "websocket-client")  # no copies in train
+VENDOR_DIRS = ("_vendor", "vendored", "externals", "third_party")
+SHORTEST_WINDOW = 16
+FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
+FAMILIES = ("body", "docstring", "test", "class", "literal")
+
+# One alternative a line: indentation with its newlines, words (one sign before them at most), numbers, signs, blanks.
+SPLIT = (
+    r"\s*[\r\n]+[ \t]*"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"| ?\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
+
+
+# --- 1. files -----------------------------------------------------------------------------------------------------
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _pins(constraints: Path) -> dict[str, str]:
+    """{normalised name: public version} of the `name==version` lines; UserError if there are none."""
+    try:
+        text = constraints.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{constraints}: not readable ({error.strerror}); give the list of pins") from error
+    found = re.findall(r"^\s*([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?\s*==\s*([^\s;#]+)", text, flags=re.MULTILINE)
+    if not found:
+        raise UserError(f"{constraints}: no `name==version` line; write it with `pip freeze`")
+    return {_normal(name): version.split("+")[0] for name, version in found}
+
+
+def _standard_library(root: Path) -> Iterator[Path]:
+    for folder, names, files in os.walk(root):
+        names[:] = sorted(n for n in names if n not in ("site-packages", "dist-packages", "__pycache__", "_bundled"))
+        yield from (Path(folder, f) for f in sorted(files) if f.endswith(".py"))
+
+
+def environment_files(constraints: Path, exclude: Sequence[str] = ()) -> pd.DataFrame:
+    """Python files of the pinned packages and the standard library, sorted by (package, path).
+
+    Columns: package, version (without a local part such as `+cpu`), path (posix, relative to the install root), file
+    (absolute). The standard library is package `python`. Pinned packages that are not installed are skipped;
+    `.attrs["mismatched"]` maps a package whose installed version is another than the pin to "pinned -> installed".
+    Raises UserError for a constraints file that is missing or pins nothing.
+    """
+    pins = _pins(constraints)
+    skipped = {_normal(name) for name in (*NEVER, *exclude)}
+    rows, mismatched, seen = [], {}, set()
+    for dist in importlib.metadata.distributions():
+        name = _normal(dist.name)
+        if name in skipped or name not in pins or name in seen:  # the first on sys.path is the one that is imported
+            continue
+        seen.add(name)
+        version = dist.version.split("+")[0]
+        if version != pins[name]:
+            mismatched[name] = f"{pins[name]} -> {version}"
+        for entry in dist.files or ():
+            if entry.suffix == ".py" and ".." not in entry.parts:  # `..` leads to scripts and shared data
+                rows.append((name, version, entry.as_posix(), str(dist.locate_file(entry))))
+    if "python" not in skipped:
+        root = Path(sysconfig.get_path("stdlib"))
+        # lib2to3 ships test data in old encodings; the generated build settings name the machine.
+        for file in _standard_library(root):
+            path = file.relative_to(root).as_posix()
+            if not path.startswith(("lib2to3/tests/", "config-", "_sysconfigdata")):
+                rows.append(("python", platform.python_version(), path, str(file)))
+    frame = pd.DataFrame(rows, columns=["package", "version", "path", "file"])
+    frame = frame.drop_duplicates(["package", "path"]).sort_values(["package", "path"], ignore_index=True)
+    frame.attrs["mismatched"] = mismatched
+    if mismatched:
+        log.warning("installed versions differ from the pins: %s", mismatched)
+    return frame
+
+
+# --- 2. documents -------------------------------------------------------------------------------------------------
+
+
+def _digest(text: str) -> str:
+    """sha256 of the text with trailing whitespace stripped per line."""
+    return hashlib.sha256("\n".join(line.rstrip() for line in text.split("\n")).encode()).hexdigest()
+
+
+def _vendors(path: str, modules: set[str]) -> bool:
+    """True where the path is a vendored copy of one of the modules: .../_vendor/<module>[.py]/..."""
+    parts = PurePosixPath(path).parts
+    return any(a in VENDOR_DIRS and b.removesuffix(".py") in modules for a, b in pairwise(parts))
+
+
+def code_corpus(
+    files: pd.DataFrame,
+    held_out: Sequence[str],
+    min_bytes: int = 200,
+    max_bytes: int = 400_000,
+    cache_dir: Path | None = None,
+) -> DatasetDict:
+    """Splits `train` and `held_out` with columns package, version, path, text, sha256, sorted by (package, path).
+
+    `held_out` names whole packages. Of equal texts one is kept, the held-out one first. Vendored copies of held-out
+    packages are dropped. With `cache_dir` the corpus is written below it, under the hash of its content, and read
+    back memory-mapped. Raises UserError for an empty corpus or a held-out package without files.
+    """
+    wanted = {_normal(name) for name in held_out}
+    modules = {p.split("/")[0].removesuffix(".py") for p in files.path[files.package.isin(wanted)]}
+    modules -= {"test", "tests", "docs", "examples"}
+    columns = ("package", "version", "path", "text", "sha256")
+    splits = {name: {column: [] for column in columns} for name in ("train", "held_out")}
+    seen, unreadable = set(), 0
+    order = files.assign(late=~files.package.isin(wanted)).sort_values(["late", "package", "path"])
+    for row in order.itertuples():
+        if row.late and _vendors(row.path, modules):
+            continue
+        try:
+            if not min_bytes <= os.path.getsize(row.file) <= max_bytes:
+                continue
+            text = Path(row.file).read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError):  # listed but not installed, or an old encoding
+            unreadable += 1
+            continue
+        digest = _digest(text)
+        if digest not in seen:
+            seen.add(digest)
+            split = splits["train" if row.late else "held_out"]
+            for column, value in zip(columns, (row.package, row.version, row.path, text, digest), strict=True):
+                split[column].append(value)
+    if unreadable:
+        log.info("%d files are not there or not UTF-8, skipped", unreadable)
+    missing = wanted - set(splits["held_out"]["package"])
+    if missing:
+        raise UserError(f"held-out packages without files: {', '.join(sorted(missing))}; install them or name others")
+    if not splits["train"]["text"]:
+        raise UserError(f"the corpus is empty: no file of {len(files)} is left to train on; check the constraints file")
+    features = Features({column: Value("string") for column in columns})
+    corpus = DatasetDict({name: Dataset.from_dict(split, features=features) for name, split in splits.items()})
+    return corpus if cache_dir is None else _stored(corpus, Path(cache_dir))
+
+
+def _stored(corpus: DatasetDict, cache_dir: Path) -> DatasetDict:
+    """The corpus read back memory-mapped from cache_dir/code-<content hash>, written there if it is not yet."""
+    content = corpus_manifest(corpus).to_csv(index=False)
+    final = cache_dir / f"code-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
+    if not final.exists():
+        temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
+        corpus.save_to_disk(temporary)
+        try:
+            temporary.rename(final)
+        except OSError:  # another process was faster: its copy is the same
+            shutil.rmtree(temporary)
+    return load_from_disk(final)
+
+
+def corpus_manifest(corpus: DatasetDict) -> pd.DataFrame:
+    """One row a document: split, package, version, path, bytes (UTF-8), sha256."""
+    frames = []
+    for split, dataset in corpus.items():
+        frame = dataset.to_pandas()
+        frame.insert(0, "split", split)
+        frame.insert(4, "bytes", [len(text.encode()) for text in frame.text])
+        frames.append(frame.drop(columns="text"))
+    return pd.concat(frames, ignore_index=True)
+
+
+# --- 3. tokens ----------------------------------------------------------------------------------------------------
+
+
+def sample_texts(dataset: Dataset, max_bytes: int) -> Iterator[str]:
+    """About max_bytes of whole documents in the order of their sha256: a sample that does not depend on the machine."""
+    left = max_bytes
+    for index in np.argsort(np.array(dataset["sha256"])):
+        if left <= 0:
+            return
+        text = dataset[int(index)]["text"]
+        left -= len(text.encode())
+        yield text
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE for code: any text round-trips, a newline with its indentation can be one token.
+
+    `<|endoftext|>` is end of text and padding, id 0. Raises UserError where the texts are too small for vocab_size.
+    """
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    if model.get_vocab_size() != vocab_size:
+        raise UserError(f"the texts give {model.get_vocab_size()} tokens, not {vocab_size}: give more text")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token=EOS, pad_token=EOS, clean_up_tokenization_spaces=False
+    )
+
+
+def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids of texts without any added; special tokens spelt out inside a text are ordinary text."""
+    return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+
+
+def _documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Token ids of texts, each with the end-of-text id last; UserError for a tokenizer without one."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-text token; set tokenizer.eos_token")
+    return [[*ids, tokenizer.eos_token_id] for ids in _encode(texts, tokenizer)]
+
+
+def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, num_proc: int | None = None) -> Dataset:
+    """Adds `input_ids` (int32, the end-of-text id last) and drops `text`; the other columns stay.
+
+    Special tokens spelt out inside a text are ordinary text: only a document's end has the end-of-text id.
+    Raises UserError for a tokenizer without an end-of-text token.
+    """
+    features = dataset.features.copy()
+    del features["text"]
+    features["input_ids"] = List(Value("int32"))
+    return dataset.map(
+        lambda batch: {"input_ids": _documents(batch["text"], tokenizer)},
+        batched=True,
+        batch_size=200,  # some MB of text
+        num_proc=num_proc,
+        remove_columns=["text"],
+        features=features,
+        desc="tokens",
+    )
+
+
+# --- 4. packed rows -----------------------------------------------------------------------------------------------
+
+
+def pack_rows(lengths: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Best fit, longest first: lengths [w] -> row [w], offset [w]; windows below SHORTEST_WINDOW get row -1.
+
+    >>> pack_rows(np.array([40, 100, 60, 3]), 100)
+    (array([ 1,  0,  1, -1]), array([60,  0,  0,  0]))
+    """
+    lengths = np.asarray(lengths, dtype=np.int64)
+    if lengths.size and lengths.max() > length:
+        raise ValueError(f"a window of {lengths.max()} tokens does not fit a row of {length}")
+    row, offset = np.full(len(lengths), -1), np.zeros(len(lengths), dtype=np.int64)
+    open_rows: list[list[int]] = [[] for _ in range(length + 1)]  # rows by their free places
+    filled = 0  # bit f is set where open_rows[f] is not empty: the best fit is then one shift away
+    rows = 0
+    for window in np.argsort(-lengths, kind="stable").tolist():
+        need = int(lengths[window])
+        if need < SHORTEST_WINDOW:
+            break
+        fitting = filled >> need
+        if fitting:
+            free = need + (fitting & -fitting).bit_length() - 1
+            row[window] = open_rows[free].pop()
+            if not open_rows[free]:
+                filled &= ~(1 << free)
+        else:
+            free, row[window], rows = length, rows, rows + 1
+        offset[window] = length - free
+        if free > need:
+            open_rows[free - need].append(int(row[window]))
+            filled |= 1 << (free - need)
+    return row, offset
+
+
+def _flat(dataset: Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
+    """A list column as (values [total], starts [documents + 1])."""
+    lists = dataset.with_format("arrow")[:][column]
+    lengths = pc.list_value_length(lists).to_numpy()
+    chunks = [chunk.flatten().to_numpy() for chunk in lists.chunks]
+    return np.concatenate(chunks) if chunks else np.zeros(0, np.int32), np.concatenate([[0], np.cumsum(lengths)])
+
+
+def pack(dataset: Dataset, length: int) -> Dataset:
+    """Rows `input_ids` [length], `document` [length] (int32), and `loss_mask` [length] where the dataset has one.
+
+    A document is cut in windows of at most `length` tokens; `document` numbers the windows of a row 0, 1, 2, ... and is
+    -1 on padding (input_ids and loss_mask are 0 there). Windows below SHORTEST_WINDOW tokens are dropped and counted in
+    the log. Raises UserError where nothing is left.
+    """
+    values, starts = _flat(dataset, "input_ids")
+    begins = [np.arange(a, b, length) for a, b in pairwise(starts)]
+    ends = np.repeat(starts[1:], [len(b) for b in begins])
+    begin = np.concatenate(begins) if begins else np.zeros(0, np.int64)
+    size = np.minimum(begin + length, ends) - begin
+    row, offset = pack_rows(size, length)
+    kept = np.flatnonzero(row >= 0)
+    if not len(kept):
+        raise UserError(f"none of {len(starts) - 1} documents has {SHORTEST_WINDOW} tokens")
+    kept = kept[np.lexsort((offset[kept], row[kept]))]  # row by row, left to right
+    shape = (int(row.max()) + 1, length)
+    columns = {"input_ids": values}
+    if "loss_mask" in dataset.column_names:
+        columns["loss_mask"] = _flat(dataset, "loss_mask")[0]
+    packed = {name: np.zeros(shape, np.int32) for name in columns} | {"document": np.full(shape, -1, np.int32)}
+    previous, number = -1, 0
+    for w in kept:
+        r, o, n, b = row[w], offset[w], size[w], begin[w]
+        number = number + 1 if r == previous else 0
+        previous = r
+        packed["document"][r, o : o + n] = number
+        for name, source in columns.items():
+            packed[name][r, o : o + n] = source[b : b + n]
+    used, lost = int(size[kept].sum()), int(size[row < 0].sum())
+    log.info(
+        "%d windows packed in %d rows of %d, %.2f %% padding", len(kept), *shape, 100 - 100 * used / np.prod(shape)
+    )
+    log.info("%d windows below %d tokens dropped (%d tokens)", np.sum(row < 0), SHORTEST_WINDOW, lost)
+    arrays = {n: pa.FixedSizeListArray.from_arrays(pa.array(a.ravel()), length) for n, a in packed.items()}
+    return Dataset(pa.table(arrays))
+
+
+# --- 5. prompts ---------------------------------------------------------------------------------------------------
+
+
+def _lines(lines: list[str], first: int, last: int) -> str:
+    """Lines first..last, counted from 1 as `ast` does, both included, as one string."""
+    return "\n".join(lines[first - 1 : last]).rstrip()
+
+
+def _start(node: ast.AST) -> int:
+    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
+
+
+def _definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST, ast.AST]]:
+    """(qualified name, node, parent) of every class and function that is not inside a function."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.ClassDef | FUNCTION):
+            yield prefix + child.name, child, node
+            if isinstance(child, ast.ClassDef):
+                yield from _definitions(child, f"{prefix}{child.name}.")
+
+
+def _docstring(node: ast.AST) -> ast.Expr | None:
+    """The docstring's statement, where it shares no line with anything else and something follows it."""
+    if ast.get_docstring(node, clean=False) is None or len(node.body) == 1:
+        return None
+    doc = node.body[0]
+    return doc if node.lineno < doc.lineno and doc.end_lineno < node.body[1].lineno else None
+
+
+def _code(lines: list[str], node: ast.AST) -> str:
+    """A function's source without its docstring."""
+    if (doc := _docstring(node)) is None:
+        return _lines(lines, _start(node), node.end_lineno)
+    return _lines(lines, _start(node), doc.lineno - 1) + "\n" + _lines(lines, doc.end_lineno + 1, node.end_lineno)
+
+
+def _function_prompts(lines: list[str], node: ast.AST) -> Iterator[tuple[str, str]]:
+    """`body`: signature and docstring. `docstring`: the code, then its signature again and the opening quotes."""
+    doc = _docstring(node)
+    if doc is None or node.end_lineno - doc.end_lineno < 3:
+        return
+    yield "body", _lines(lines, _start(node), doc.end_lineno)
+    if opening := re.match(r"\s*[rRuU]?(\"\"\"|''')", lines[doc.lineno - 1]):
+        head = _lines(lines, _start(node), doc.lineno - 1)
+        yield "docstring", f"{_code(lines, node)}\n\n\n{head}\n{opening.group()}"
+
+
+def _class_prompt(lines: list[str], node: ast.ClassDef) -> str | None:
+    """A class of 15 lines or more, up to the end of the statement on its middle line; 3 lines or more are left out."""
+    middle = (node.lineno + node.end_lineno) // 2
+    end = next(s.end_lineno for s in node.body if s.end_lineno >= middle)
+    if node.end_lineno - node.lineno < 14 or node.end_lineno - end < 3:
+        return None
+    return _lines(lines, _start(node), end)
+
+
+def _literal_prompt(lines: list[str], statement: ast.AST) -> str | None:
+    """Up to 20 lines of context and the first third of an assigned literal of 10 lines or more."""
+    node = statement.value
+    if not isinstance(node, ast.Dict | ast.List | ast.Tuple | ast.Set) or node.end_lineno - node.lineno < 9:
+        return None
+    if "__all__" in lines[statement.lineno - 1]:  # the names to come could not be known
+        return None
+    items = node.values if isinstance(node, ast.Dict) else node.elts
+    third = node.lineno + (node.end_lineno - node.lineno) / 3
+    ends = [a.end_lineno for a, b in pairwise(items) if third <= a.end_lineno < min(b.lineno, node.end_lineno - 3)]
+    return _lines(lines, max(1, statement.lineno - 20), ends[0]) if ends else None
+
+
+def _calls(node: ast.AST) -> set[str]:
+    calls = (call.func for call in ast.walk(node) if isinstance(call, ast.Call))
+    return {getattr(f, "id", getattr(f, "attr", "")) for f in calls}
+
+
+def _candidates(paths: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[str, str, str, str, str, int]]:
+    """(family, path, qualified name, subject, prompt, late) of one package; the late ones fill what the others leave.
+
+    The subject is what a prompt is about: of two candidates with one subject one is kept.
+    """
+    functions: dict[str, list[str]] = {}
+    tests = []
+    for path, text in zip(paths, texts, strict=True):
+        try:
+            with warnings.catch_warnings(action="ignore"):  # old escapes such as "\d"
+                tree = ast.parse(text)
+        except (SyntaxError, ValueError):  # templates and other Pythons
+            continue
+        lines = text.split("\n")
+        inner = {id(n) for f in ast.walk(tree) if isinstance(f, FUNCTION) for n in ast.walk(f)}
+        is_test = bool(re.search(r"(^|/)(tests?/|test_[^/]*$)|_test\.py$", path))
+        for name, node, parent in _definitions(tree):
+            if isinstance(node, ast.ClassDef):
+                if prompt := _class_prompt(lines, node):
+                    yield "class", path, name, prompt, prompt, 0
+                continue
+            for family, prompt in _function_prompts(lines, node):
+                yield family, path, name, prompt, prompt, 0
+            if not is_test:
+                functions.setdefault(node.name, []).append(_code(lines, node))
+            elif node.name.startswith("test") and node.lineno < _start(node.body[0]):
+                head = _lines(lines, _start(node), _start(node.body[0]) - 1)
+                if isinstance(parent, ast.ClassDef):
+                    head = _lines(lines, _start(parent), _start(parent.body[0]) - 1) + "\n" + head
+                tests.append((path, name, node, head))
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign | ast.AnnAssign) and (prompt := _literal_prompt(lines, node)):
+                yield "literal", path, f"literal:{node.lineno}", prompt, prompt, int(id(node) in inner)
+    for path, name, node, head in tests:  # the function under test: named by the test if possible, never ambiguous
+        called = [f for f in _calls(node) if len(functions.get(f, ())) == 1 and functions[f][0].count("\n") >= 2]
+        if called:
+            subject = max(called, key=lambda f: (f.lower() in name.lower(), len(f), f))
+            yield "test", path, name, functions[subject][0], f"{functions[subject][0]}\n\n\n{head}", 0
+
+
+def _cut_left(prompt: str, tokenizer: PreTrainedTokenizerFast, limit: int) -> tuple[str, list[int]]:
+    """(text, ids) of the longest end of the prompt that starts at a line and has at most `limit` tokens; "" if none."""
+
+    def ids(first: int) -> list[int]:
+        return _encode(["\n".join(lines[first:])], tokenizer)[0]
+
+    lines = prompt.split("\n")
+    whole = ids(0)
+    if len(whole) <= limit:
+        return prompt, whole
+    first = bisect.bisect_left(range(len(lines)), True, key=lambda i: len(ids(i)) <= limit)
+    while first < len(lines) and not lines[first].strip():
+        first += 1
+    return "\n".join(lines[first:]), ids(first)
+
+
+def code_prompts(
+    held_out: Dataset, tokenizer: PreTrainedTokenizerFast, per_family: int, max_prompt_tokens: int, seed: int = 0
+) -> Dataset:
+    """per_family prompts of each of FAMILIES: id, family, package, path, prompt, input_ids (24 to max_prompt_tokens).
+
+    Every prompt ends where a token ends in training, before the newline. The choice depends on the seed, the packages
+    and their paths and names, not on the order of the files: two prompts a file at most and packages in turn, as far as
+    there are enough. Prompts that fit come before those that must be cut from the left; of literals, those of modules
+    and classes before those of functions. The standard library is never used. Raises UserError for a family with too
+    few prompts.
+    """
+    frame = held_out.select_columns(["package", "path", "text"]).to_pandas()
+    found: dict[str, dict[tuple[str, str], tuple]] = {family: {} for family in FAMILIES}
+    for package, group in frame[frame.package != "python"].groupby("package"):
+        for family, path, name, subject, prompt, late in _candidates(group.path, group.text):
+            key = hashlib.sha256(f"{seed}\0{family}\0{package}\0{path}\0{name}".encode()).hexdigest()
+            row = (key, package, path, prompt, late)
+            found[family][package, subject] = min(row, found[family].get((package, subject), row))
+    rows = []
+    for family, candidates in found.items():
+        fitting, ranked, in_file, in_package = [], [], Counter(), Counter()
+        for key, package, path, prompt, late in candidates.values():
+            text, ids = _cut_left(prompt, tokenizer, max_prompt_tokens)
+            if len(ids) >= 24:
+                late = late or int(family != "literal" and text != prompt)  # of a literal only context is cut
+                fitting.append((late, key, package, path, text, ids))
+        for late, key, package, path, text, ids in sorted(fitting):
+            surplus = in_file[path] >= 2
+            in_file[path] += 1
+            in_package[package, surplus, late] += 1
+            ranked.append(((surplus, late, in_package[package, surplus, late], key), package, path, text, ids))
+        if len(ranked) < per_family:
+            raise UserError(
+                f"only {len(ranked)} prompts of family {family!r} in the held-out packages, {per_family} asked for; "
+                "hold out more packages or ask for fewer prompts"
+            )
+        for i, (_, package, path, text, ids) in enumerate(sorted(ranked)[:per_family]):
+            rows.append((f"{family}-{i:03d}", family, package, path, text, ids))
+    names = ("id", "family", "package", "path", "prompt")
+    features = Features({name: Value("string") for name in names} | {"input_ids": List(Value("int32"))})
+    return Dataset.from_list([dict(zip(features, row, strict=True)) for row in rows], features=features)
+
+
+def prompts_sha256(prompts: Dataset) -> str:
+    """sha256 over (family, package, path, prompt) of every prompt, in order."""
+    columns = [prompts[name] for name in ("family", "package", "path", "prompt")]
+    return hashlib.sha256("\n".join(json.dumps(row) for row in zip(*columns, strict=True)).encode()).hexdigest()
+
+
+def _runs(text: str, lines: int) -> np.ndarray:
+    """Hashes [runs] of every run of `lines` non-blank stripped lines with at least 15 characters a line on average."""
+    stripped = [line for line in map(str.strip, text.split("\n")) if line]
+    if len(stripped) < lines:
+        return np.zeros(0, np.uint64)
+    # hash() differs between processes, not within one.
+    hashes = np.fromiter((hash(line) & 0xFFFFFFFFFFFFFFFF for line in stripped), np.uint64, len(stripped))
+    sizes = np.fromiter(map(len, stripped), np.int64, len(stripped))
+    n = len(stripped) - lines + 1
+    code, size, base = np.zeros(n, np.uint64), np.zeros(n, np.int64), np.uint64(0x9E3779B97F4A7C15)
+    for i in range(lines):
+        code = code * base + hashes[i : i + n]
+        size += sizes[i : i + n]
+    return code[size >= 15 * lines]
+
+
+def near_copies(train: Dataset, held_out: Dataset, lines: int = 8) -> pd.DataFrame:
+    """How much of each held-out package stands in train: package, runs, share, top_package, top_share.
+
+    `runs` counts the package's distinct runs of `lines` non-blank stripped lines (of 15 characters on average at
+    least), `share` is the part of them found in train, `top_package` the train package that holds most of them.
+    """
+
+    def distinct(dataset: Dataset) -> dict[str, np.ndarray]:
+        runs: dict[str, list[np.ndarray]] = {}
+        for package, text in zip(dataset["package"], dataset["text"], strict=True):
+            runs.setdefault(package, []).append(_runs(text, lines))
+        return {package: np.unique(np.concatenate(parts)) for package, parts in sorted(runs.items())}
+
+    held = distinct(held_out)
+    every = np.unique(np.concatenate([*held.values()]))
+    copies = {name: np.intersect1d(runs, every, assume_unique=True) for name, runs in distinct(train).items()}
+    rows = []
+    for package, runs in held.items():
+        shared = {name: np.intersect1d(runs, other, assume_unique=True) for name, other in copies.items()}
+        top = max(shared, key=lambda name: len(shared[name]))
+        found, total = len(np.unique(np.concatenate([*shared.values()]))), max(len(runs), 1)
+        best = len(shared[top])
+        rows.append((package, len(runs), found / total, top if best else "", best / total))
+    return pd.DataFrame(rows, columns=["package", "runs", "share", "top_package", "top_share"])
+
+
+# --- 6. chats -----------------------------------------------------------------------------------------------------
+
+# A turn is "<|role|>\ncontent<|endoftext|>": the turn's end is a token that every tokenizer of ours has.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+)
+
+
+def _read_records(path: Path) -> Iterator[dict]:
+    with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                where = f"{path}:{number}"
+                try:
+                    record = json.loads(line) if line.strip() else {"text": ""}
+                except ValueError as error:
+                    raise UserError(f"{where}: not a JSON record ({error}); repair or remove the line") from None
+                yield _checked(record, where)
+        except (lzma.LZMAError, EOFError) as error:
+            raise UserError(f"{path}: not a complete xz file ({error}); fetch it again") from None
+
+
+def _checked(record: object, where: str) -> dict:
+    """{"messages": [{role, content}] or None, "text": str or None}; UserError for another shape."""
+    messages, text = (record.get("messages"), record.get("text")) if isinstance(record, dict) else (None, None)
+    if messages is None and isinstance(text, str):
+        return {"messages": None, "text": text}
+    try:
+        turns = [{name: m[name] for name in ("role", "content")} for m in messages]
+        if not all(isinstance(value, str) for turn in turns for value in turn.values()):
+            raise TypeError
+    except (KeyError, TypeError):
+        shape = '{"messages": [{"role": ..., "content": ...}]} or {"text": ...}'
+        raise UserError(f"{where}: the record is not {shape} with strings; convert it") from None
+    return {"messages": turns, "text": None}
+
+
+def load_records(source: str, split: str = "train") -> Dataset:
+    """Columns messages (list of role, content) and text, one of them None, of a .jsonl[.xz] file or a hub data set.
+
+    Records without any content are dropped and counted in the log. Raises UserError for a line that cannot be read
+    (with file and line number), a source that cannot be loaded, and where no record is left.
+    """
+    if source.endswith((".jsonl", ".jsonl.xz")):
+        if not Path(source).is_file():
+            raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.xz file, or the name of a hub data set")
+        records = list(_read_records(Path(source)))
+    else:
+        try:
+            raw = load_dataset(source, split=split)
+        except (OSError, ValueError) as error:  # no such data set, no network, no such split
+            raise UserError(f"data set {source!r}, split {split!r} cannot be loaded: {error}") from error
+        records = [_checked(record, f"{source}:{number}") for number, record in enumerate(raw, 1)]
+    kept = [r for r in records if (r["text"] or "").strip() or any(m["content"].strip() for m in r["messages"] or ())]
+    if len(kept) < len(records):
+        log.warning("%s: %d of %d records are empty, dropped", source, len(records) - len(kept), len(records))
+    if not kept:
+        raise UserError(f"{source}: no record with content ({len(records)} read); give another file")
+    turn = {"role": Value("string"), "content": Value("string")}
+    return Dataset.from_list(kept, features=Features({"messages": List(turn), "text": Value("string")}))
+
+
+def chat_tokens(messages: Sequence[dict], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
+    """(ids [n], mask [n]) of a chat under the tokenizer's template; mask 1 on what the assistant has to write.
+
+    An assistant turn is the text that the template adds to the turns before it and their generation prompt; a token
+    belongs to it if it lies wholly inside. An assistant turn that opens the chat has no prompt and is not selected.
+    Raises UserError for a tokenizer without a template, and for a template that rewrites earlier turns.
+    """
+    if not tokenizer.chat_template:
+        raise UserError("the tokenizer has no chat template; set tokenizer.chat_template = psnb.data.CHAT_TEMPLATE")
+    if not tokenizer.is_fast:
+        raise UserError("the chat's loss mask needs a fast tokenizer; load one with tokenizer.json")
+
+    def render(turns: Sequence[dict], prompt: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses a chat ({error}); set another template") from error
+
+    text, spans = render(messages, False), []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i:
+            before, after = render(messages[:i], True), render(messages[: i + 1], False)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise UserError(
+                    f"the chat template is not prefix-stable: it writes turn {i} or those before in another way once more "
+                    "follows; set tokenizer.chat_template to one that only appends"
+                )
+            spans.append((len(before), len(after)))
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    mask = [int(any(a <= s and e <= b and s < b for a, b in spans)) for s, e in encoded["offset_mapping"]]
+    return encoded["input_ids"], mask
+
+
+def tokenize_chat(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, num_proc: int | None = None) -> Dataset:
+    """`input_ids` and `loss_mask` (int32) of load_records' records; a `text` record is trained on everywhere.
+
+    Raises UserError where the mask selects nothing, or everything, of all chats.
+    """
+
+    def encode(record: dict) -> dict:
+        if record["messages"] is None:
+            [ids] = _documents([record["text"]], tokenizer)
+            return {"input_ids": ids, "loss_mask": [1] * len(ids), "chat": False}
+        ids, mask = chat_tokens(record["messages"], tokenizer)
+        return {"input_ids": ids, "loss_mask": mask, "chat": True}
+
+    lists = {"input_ids": List(Value("int32")), "loss_mask": List(Value("int32"))}
+    features = Features(lists | {"chat": Value("bool")})
+    done = dataset.map(encode, num_proc=num_proc, remove_columns=dataset.column_names, features=features, desc="chats")
+    mask, starts = _flat(done, "loss_mask")
+    of_chats = mask[np.repeat(np.array(done["chat"], dtype=bool), np.diff(starts))]
+    if len(of_chats) and of_chats.min() == of_chats.max():
+        what = "everything" if of_chats[0] else "nothing"
+        raise UserError(f"the loss mask selects {what} of {len(of_chats)} tokens; check the roles and the template")
+    return done.remove_columns("chat")

@@ -1,0 +1,108 @@
+"""What every drafter is: a small module that reads the target's features and proposes tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+
+from psnb.profile import DrafterSpec
+from psnb.target import Target
+
+Choose = Callable[[Tensor, int], Tensor]  # (logits [r, V], first slot) -> the tokens drafted for these r slots [r]
+
+
+class Drafter(nn.Module):
+    """A drafter q. It borrows the target's embedding and `lm_head` (frozen, not copied, not saved).
+
+    Rows: row (0, t) is the real row of anchor t, row (d, t) its mask d (see `groups`). Row (d, t) drafts slot
+    `d + first_slot`; slot i of anchor t is x_{t+2+i}, whose distribution the target gives at position t + 1 + i.
+    """
+
+    first_slot = 0  # slot of the real row; -1 where it drafts nothing
+
+    def __init__(self, spec: DrafterSpec, target: Target) -> None:
+        super().__init__()
+        self.spec = spec
+        self.k = spec.k
+        object.__setattr__(self, "target", target)  # not a submodule: frozen, shared, never saved here
+
+    @property
+    def masks(self) -> int:
+        """Masks a group carries in training (0: only real rows)."""
+        return 0
+
+    def rows(self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+        """Training forward: every row at once.
+
+        features [B, n, H] (f_t), next_ids [B, n] (x_{t+1}), depth, anchor [R], place [B, R] (position ids),
+        mask bool [B, 1, R, R] -> hidden [B, R, H].
+        """
+        raise NotImplementedError
+
+    def logits(self, hidden: Tensor, slot: int) -> Tensor:
+        """hidden [..., H] of rows that draft `slot` -> logits [..., V]."""
+        return self.target.logits(hidden)
+
+    def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
+        """Decoding: put the real rows of features [1, m, H] and next_ids [1, m] into `cache`; draft nothing."""
+
+    def draft(self, features: Tensor, next_ids: Tensor, k: int, choose: Choose, cache: Any) -> Tensor:
+        """Decoding: add real rows (features [1, m, H], next_ids [1, m]) and draft k tokens [k] after the last of them.
+
+        `choose` turns logits into tokens. `cache` then holds the real rows alone.
+        """
+        raise NotImplementedError
+
+
+class Layers(nn.Module):
+    """Decoder layers of the target's width, with RoPE and a final norm: the body of every attentive drafter."""
+
+    def __init__(self, count: int, target: Target) -> None:
+        super().__init__()
+        of = target.config
+        heads = of.num_attention_heads
+        config = LlamaConfig(
+            hidden_size=of.hidden_size,
+            intermediate_size=of.intermediate_size,
+            num_hidden_layers=count,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(of, "num_key_value_heads", None) or heads,
+            head_dim=getattr(of, "head_dim", None) or of.hidden_size // heads,
+            max_position_embeddings=of.max_position_embeddings,
+            rms_norm_eps=getattr(of, "rms_norm_eps", 1e-6),
+        )
+        config._attn_implementation = "sdpa"
+        self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(count))
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary = LlamaRotaryEmbedding(config)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+
+    def forward(self, hidden: Tensor, place: Tensor, mask: Tensor | None, cache: Any = None) -> Tensor:
+        """hidden [B, R, H], place [B, R], mask bool [B, 1, R, keys] or None (all keys) -> normed hidden [B, R, H]."""
+        angles = self.rotary(hidden, place)
+        for layer in self.layers:
+            hidden = layer(hidden, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
+        return self.norm(hidden)
+
+    def extend(self, hidden: Tensor, cache: Any) -> Tensor:
+        """Decoding: rows [1, r, H] that follow the cached ones, each seeing the cache and the rows up to itself."""
+        held, r = cache.length, hidden.shape[1]
+        place = torch.arange(held, held + r, device=hidden.device)[None]
+        mask = None
+        if r > 1:
+            mask = torch.ones(1, 1, r, held + r, dtype=torch.bool, device=hidden.device).tril(held)
+        return self(hidden, place, mask, cache)
+
+
+def start_norm(layers: Layers, target: Target) -> None:
+    """Start the drafter's final norm at the target's own, so that its rows have the scale of features."""
+    norms = [m for m in target.model.base_model.children() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 1]
+    if norms:
+        layers.norm.weight.data.copy_(norms[-1].weight.data)

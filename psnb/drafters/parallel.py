@@ -1,0 +1,95 @@
+"""ParallelSpec: k tokens in one pass through mask tokens (arXiv 2410.05589), put into Medusa and EAGLE."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from psnb.drafters.base import Choose, Drafter, Layers, start_norm
+from psnb.drafters.eagle import Eagle
+from psnb.profile import DrafterSpec
+from psnb.target import Target
+
+
+class Parallel(Drafter):
+    """The one-pass part that both variants share: real rows, then masks, causally, in a single forward."""
+
+    body: Layers
+
+    def real(self, features: Tensor, next_ids: Tensor) -> Tensor:
+        """Inputs of the real rows: features [B, m, H], next_ids [B, m] -> [B, m, H]."""
+        raise NotImplementedError
+
+    def mask_inputs(self) -> Tensor:
+        """Inputs of masks 1..M: [M, H]."""
+        raise NotImplementedError
+
+    def mask_index(self, count: int) -> Tensor:
+        """Which learned mask stands at masks 1..count: [0, 1, ...] (distinct) or all 0 (shared)."""
+        return torch.arange(count) * (self.spec.mask_mode == "distinct")
+
+    def rows(self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+        real = self.real(features, next_ids)
+        masked = self.mask_inputs()[depth[depth > 0] - 1].expand(len(features), -1, -1).to(real.dtype)
+        return self.body(torch.cat([real, masked], 1), place, mask)
+
+    def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
+        self.body.extend(self.real(features, next_ids), cache)
+
+    def draft(self, features: Tensor, next_ids: Tensor, k: int, choose: Choose, cache: Any) -> Tensor:
+        masks = k - 1 - self.first_slot
+        inputs = torch.cat([self.real(features, next_ids), self.mask_inputs()[None, :masks]], 1)
+        hidden = self.body.extend(inputs, cache)[0, -k:]
+        cache.crop(cache.length - masks)
+        return choose(self.logits(hidden, 0), 0)
+
+
+class EaglePS(Parallel):
+    """EAGLE + ParallelSpec: slot 0 is the real row fc[emb(x_{t+1}); f_t], slot i >= 1 the mask fc[m_i; h_i]."""
+
+    fuse = Eagle.fuse
+
+    def __init__(self, spec: DrafterSpec, target: Target) -> None:
+        super().__init__(spec, target)
+        width = target.hidden_size
+        self.fc = nn.Linear(2 * width, width, bias=False)
+        nn.init.normal_(self.fc.weight, std=0.02)
+        count = (spec.k - 1) if spec.mask_mode == "distinct" else min(1, spec.k - 1)
+        self.mask_pair = nn.Parameter(torch.randn(count, 2 * width) * 0.02)  # [m_i; h_i]
+        self.body = Layers(spec.layers, target)
+        start_norm(self.body, target)
+
+    @property
+    def masks(self) -> int:
+        return self.k - 1
+
+    def real(self, features: Tensor, next_ids: Tensor) -> Tensor:
+        return self.fuse(features, next_ids)
+
+    def mask_inputs(self) -> Tensor:
+        return self.fc(self.mask_pair)[self.mask_index(self.masks)]
+
+
+class MedusaPS(Parallel):
+    """Medusa + ParallelSpec: real rows are the features f_t and draft nothing; mask i + 1 drafts slot i."""
+
+    first_slot = -1
+
+    def __init__(self, spec: DrafterSpec, target: Target) -> None:
+        super().__init__(spec, target)
+        count = spec.k if spec.mask_mode == "distinct" else 1
+        self.mask_row = nn.Parameter(torch.randn(count, target.hidden_size) * 0.02)
+        self.body = Layers(spec.layers, target)
+        start_norm(self.body, target)
+
+    @property
+    def masks(self) -> int:
+        return self.k
+
+    def real(self, features: Tensor, next_ids: Tensor) -> Tensor:
+        return features
+
+    def mask_inputs(self) -> Tensor:
+        return self.mask_row[self.mask_index(self.masks)]

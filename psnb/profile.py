@@ -1,0 +1,189 @@
+"""What a run is: target, data, drafters, budgets, seeds. Read from TOML, checked before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from psnb.errors import UserError
+
+
+@dataclass(frozen=True)
+class FitSpec:
+    """A training budget. One step sees `rows` sequences of `Data.length` tokens."""
+
+    steps: int
+    rows: int = 32
+    learning_rate: float = 1e-3
+    warmup: int = 100  # steps of linear warm-up; the rate then decays to `final_share` by a half cosine
+    final_share: float = 0.02
+    weight_decay: float = 0.05
+    clip: float = 1.0
+    compile: bool = False  # torch.compile the loss (pays on a GPU only)
+    log_every: int = 20
+    evaluate_every: int = 0  # 0: only at the end
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """Where text comes from. `source` = "code" (this environment's Python) or a JSONL file or hub data set of chats."""
+
+    source: str = "code"
+    split: str = "train"
+    packages: list[str] = field(default_factory=list)  # restrict the code corpus to these; empty: all that is pinned
+    held_out: list[str] = field(default_factory=list)  # whole packages kept for evaluation
+    vocab_size: int = 5120
+    length: int = 512  # tokens in a training row
+    prompts_per_family: int = 16
+    max_prompt_tokens: int = 256
+    prompts_sha256: str = ""  # empty: not checked
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """The frozen causal LM p: `path` names a folder or a hub model; empty, a Llama of this shape is trained."""
+
+    path: str = ""
+    hidden_size: int = 320
+    layers: int = 8
+    heads: int = 10
+    kv_heads: int = 2
+    intermediate_size: int = 736
+    context: int = 1024
+    train: FitSpec | None = None
+
+
+@dataclass(frozen=True)
+class DrafterSpec:
+    """One drafter q (DESIGN section 2)."""
+
+    kind: str  # medusa, eagle, medusa-ps, eagle-ps
+    k: int = 8  # slots trained; any draft length up to it can be used
+    layers: int = 1
+    mask_mode: str = "distinct"  # or "shared"
+    slot_decay: float = 0.7  # loss weight of slot i is slot_decay ** i
+    keep: float = 1.0  # share of anchors whose masks at depth d are kept, relative to depth d - 1 (COD's r)
+    keep_min: float = 0.2  # never fewer than this share of the anchors (COD's r_min)
+    ce_weight: float = 1.0
+    feature_weight: float = 0.0  # SmoothL1 between the drafter's and the target's features
+    warm_start: str = ""  # name of a drafter of this profile to start from
+    train: FitSpec | None = None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A whole run. `notebooks` maps a notebook's name to the papermill parameters that differ from its defaults."""
+
+    name: str
+    title: str
+    seed: int = 2410
+    device: str = "auto"  # auto: cuda if there is one
+    dtype: str = "float32"  # of the target and drafters while decoding
+    data: DataSpec = field(default_factory=DataSpec)
+    target: TargetSpec = field(default_factory=TargetSpec)
+    drafters: dict[str, DrafterSpec] = field(default_factory=dict)
+    notebooks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def nearest(name: str, names: typing.Iterable[str]) -> str:
+    """`did you mean ...` for an unknown name: the closest valid ones, or all of them."""
+    names = sorted(names)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    return f"did you mean {' or '.join(close)}?" if close else f"valid names: {', '.join(names)}"
+
+
+def _build(cls: type, table: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    values = {}
+    for key, value in table.items():
+        if key not in known:
+            raise UserError(f"{where}: unknown key {key!r}; {nearest(key, known)}")
+        values[key] = _convert(hints[key], value, f"{where}.{key}")
+    missing = [
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise UserError(f"{where}: {', '.join(missing)} missing")
+    return cls(**values)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # only `X | None` occurs
+        return _convert(args[0], value, where)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: a table is wanted, not {value!r}")
+        return _build(hint, value, where)
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: a table is wanted, not {value!r}")
+        return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()} if args[1] is not Any else value
+    if origin is list:
+        if not isinstance(value, list):
+            raise UserError(f"{where}: a list is wanted, not {value!r}")
+        return [_convert(args[0], v, where) for v in value]
+    if hint is Any:
+        return value
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{where}: {hint.__name__} is wanted, not {value!r}")
+    return value
+
+
+def names() -> list[str]:
+    """Names of the profiles that come with the package."""
+    return sorted(p.name[:-5] for p in resources.files("psnb.profiles").iterdir() if p.name.endswith(".toml"))
+
+
+def load(name: str) -> Profile:
+    """A profile by name, or by the path of a `.toml` file.
+
+    Raises `UserError` for an unknown profile, key or type, naming the nearest valid ones.
+    """
+    if name.endswith(".toml"):
+        path = Path(name)
+        if not path.is_file():
+            raise UserError(f"profile file {name} does not exist")
+        text, name = path.read_text(), path.stem
+    else:
+        if name not in names():
+            raise UserError(f"unknown profile {name!r}; {nearest(name, names())}")
+        text = (resources.files("psnb.profiles") / f"{name}.toml").read_text()
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"profile {name}: not valid TOML: {error}") from None
+    profile = _build(Profile, {"name": name, **table}, f"profile {name}")
+    _check(profile)
+    return profile
+
+
+def _check(profile: Profile) -> None:
+    for name, spec in profile.drafters.items():
+        where = f"profile {profile.name}.drafters.{name}"
+        if spec.k < 1:
+            raise UserError(f"{where}: k = {spec.k}; a drafter drafts at least one token, so set k to 1 or more")
+        if spec.mask_mode not in ("distinct", "shared"):
+            raise UserError(f"{where}: mask_mode {spec.mask_mode!r}; {nearest(spec.mask_mode, ['distinct', 'shared'])}")
+        if not 0 < spec.keep <= 1 or not 0 < spec.keep_min <= 1:
+            raise UserError(f"{where}: keep and keep_min are shares in (0, 1]")
+        if spec.warm_start and list(profile.drafters).index(name) <= (
+            list(profile.drafters).index(spec.warm_start) if spec.warm_start in profile.drafters else len(profile.drafters)
+        ):
+            raise UserError(f"{where}: warm_start {spec.warm_start!r} must be a drafter listed before it")
+    if profile.dtype not in ("float32", "float64", "bfloat16"):
+        raise UserError(f"profile {profile.name}: dtype {profile.dtype!r}; float32, float64 or bfloat16")

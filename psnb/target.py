@@ -1,0 +1,193 @@
+"""The target: load any causal LM, or train a small Llama; its features and logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from psnb import manifest
+from psnb.errors import UserError
+from psnb.fit import Batch, Metrics, Row, compiled, fit
+from psnb.groups import causal_mask, positions
+from psnb.profile import TargetSpec
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class Target:
+    """The frozen causal LM p. Its *feature* f_t is the last hidden state after the final norm."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config = model.config
+        self.hidden_size: int = model.config.hidden_size
+        self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
+        self.eos_token_id: int | None = tokenizer.eos_token_id
+        self.context: int = model.config.max_position_embeddings
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    def features(self, ids: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Any = None) -> Tensor:
+        """ids, position_ids [B, n], mask bool [B, 1, n, m] (m keys, the cached ones first) -> features [B, n, H]."""
+        return self.model.base_model(
+            input_ids=ids, position_ids=position_ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+
+    def logits(self, features: Tensor) -> Tensor:
+        """features [..., H] -> logits [..., V] through the frozen `lm_head`."""
+        return self.model.get_output_embeddings()(features)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids [...] -> embeddings [..., H]."""
+        return self.model.get_input_embeddings()(ids)
+
+
+def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Target:
+    """A target from a folder or a hub name.
+
+    Raises `UserError` for a checkpoint that cannot be read, that lacks or exceeds tensors, that holds NaN, whose
+    tokenizer does not fit, or whose logits are not `lm_head` of its last hidden state.
+    """
+    cure = "restore the folder, or train it again"
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            str(path), dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # transformers raises many kinds; each means "this is not a loadable checkpoint"
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"target {path} does not load ({first}); {cure}") from error
+    wrong = {k: sorted(map(str, info.get(k) or [])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    wrong = {k: v for k, v in wrong.items() if v}
+    if wrong:
+        what = "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:3])}" for k, v in wrong.items())
+        raise UserError(f"target {path} does not fit its configuration ({what}); {cure}")
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"target {path}: {name} holds NaN or infinity; {cure}")
+    target = Target(model.to(device), tokenizer)
+    if len(tokenizer) > target.vocab_size:
+        raise UserError(
+            f"target {path}: its tokenizer has {len(tokenizer)} tokens, the model {target.vocab_size}; use the model's own"
+        )
+    _check_projection(target, str(path))
+    return target
+
+
+@torch.inference_mode()
+def _check_projection(target: Target, path: str) -> None:
+    ids = torch.arange(4, device=target.device)[None]
+    features = target.features(ids, torch.arange(4, device=target.device)[None], None)
+    if not torch.allclose(target.logits(features), target.model(input_ids=ids).logits, rtol=1e-2, atol=1e-2):
+        raise UserError(f"target {path}: its logits are not lm_head of its last hidden state, which drafters rely on")
+
+
+def as_batch(rows: Dataset | Batch, device: torch.device | str = "cpu") -> Batch:
+    """Packed rows (data.pack) as tensors: input_ids, document and, if there, loss_mask, each [R, n] int64."""
+    if isinstance(rows, dict):
+        return {name: tensor.to(device, torch.long) for name, tensor in rows.items()}
+    names = [c for c in ("input_ids", "document", "loss_mask") if c in rows.column_names]
+    table = rows.select_columns(names).with_format("torch")[:]
+    return {name: torch.as_tensor(table[name]).to(device, torch.long) for name in names}
+
+
+def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Next-token cross entropy: batch of [B, n] -> (sum of nats, number of tokens), documents kept apart.
+
+    With a loss mask only selected tokens count.
+    """
+    ids, document = batch["input_ids"], batch["document"]
+    hidden = model.base_model(
+        input_ids=ids, position_ids=positions(document), attention_mask=causal_mask(document), use_cache=False
+    ).last_hidden_state
+    logits = model.get_output_embeddings()(hidden[:, :-1]).float()
+    keep = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
+    if "loss_mask" in batch:
+        keep &= batch["loss_mask"][:, 1:].bool()
+    nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return (nats * keep.flatten()).sum(), keep.sum()
+
+
+@torch.no_grad()
+def heldout_nats(model: nn.Module, rows: Batch, size: int = 16) -> float:
+    """Mean nats a token of `rows` (each [R, n]) under `model`."""
+    device = next(model.parameters()).device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for start in range(0, len(rows["input_ids"]), size):
+        batch = {name: tensor[start : start + size].to(device) for name, tensor in rows.items()}
+        total += torch.stack([part.double() for part in token_loss(model, batch)])
+    return (total[0] / total[1]).item()
+
+
+def train(
+    spec: TargetSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset | Batch,
+    held_out: Dataset | Batch,
+    folder: Path,
+    *,
+    seed: int,
+    device: torch.device,
+    log: Callable[[Row], None] = lambda row: None,
+) -> None:
+    """Train a Llama of the given shape from scratch; write it (bf16), its tokenizer and training.csv to `folder`."""
+    if spec.train is None:
+        raise UserError("the profile's target has neither a path nor a training budget: set target.path or target.train")
+    config = LlamaConfig(
+        hidden_size=spec.hidden_size,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.hidden_size // spec.heads,
+        intermediate_size=spec.intermediate_size,
+        vocab_size=len(tokenizer),
+        max_position_embeddings=spec.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(config).to(device)
+    held = as_batch(held_out)
+    lines: list[Row] = []
+
+    def record(row: Row) -> None:
+        lines.append(row)
+        log(row)
+
+    summed = compiled(lambda batch: token_loss(model, batch), spec.train, device)
+
+    def loss(batch: Batch) -> tuple[Tensor, Metrics]:
+        total, count = summed(batch)
+        return total / count, {"nats": (total, count)}
+
+    fit(
+        model,
+        loss,
+        as_batch(rows, device),
+        spec.train,
+        seed=seed,
+        device=device,
+        log=record,
+        evaluate=lambda: {"heldout_nats": heldout_nats(model, held)},
+    )
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    manifest.write_frame(Path(folder) / "training.csv", pd.DataFrame(lines))
