@@ -78,28 +78,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def command(given: argparse.Namespace) -> int:
     """One command, parsed. Heavy modules are imported where they are needed."""
-    from psnb import study
+    from psnb import runner
+    from psnb.study import Study, project
 
     if given.command == "list":
-        status = study.Study.open(given.profile, given.output).status()
-        print(
-            status.to_string(
-                index=False, justify="left", formatters={c: f"{{:<{w}}}".format for c, w in _widths(status)}
-            )
-        )
+        status = runner.status(Study.open(given.profile, given.output))
+        for row in [status.columns, *status.itertuples(index=False)]:
+            print("{:<20}{:<10}{}".format(*row))
     elif given.command == "run":
-        results = study.run(given.profile, given.only, given.fresh, _parameters(given.parameters), given.output)
-        _where(results)
+        parameters = _parameters(given.parameters)
+        _where(runner.run(given.profile, given.only, given.fresh, parameters, given.output))
     elif given.readme:
         from psnb import report
 
-        root = study.project()
-        report.readme(root / "README.md", root / "results" / "embedded" / "summary.csv")
-        print(f"written: {root / 'README.md'}")
+        readme = project() / "README.md"
+        report.readme(readme, project() / "results" / "embedded" / "summary.csv")
+        print(f"written: {readme}")
     else:
-        opened = study.Study.open(given.profile, given.output)
-        study.report(opened)
-        _where(opened.results)
+        study = Study.open(given.profile, given.output)
+        runner.report(study)
+        _where(study.results)
     return 0
 
 

@@ -386,6 +386,15 @@ def _definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST
                 yield from _definitions(child, f"{prefix}{child.name}.")
 
 
+def _assignments(node: ast.AST, inside: int = 0) -> Iterator[tuple[ast.AST, int]]:
+    """(statement, 1 inside a function and 0 outside) of every assignment."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Assign | ast.AnnAssign):
+            yield child, inside
+        elif isinstance(child, ast.stmt | ast.ExceptHandler):  # expressions hold no assignment
+            yield from _assignments(child, inside or int(isinstance(child, FUNCTION)))
+
+
 def _docstring(node: ast.AST) -> ast.Expr | None:
     """The docstring's statement, where it shares no line with anything else and something follows it."""
     if ast.get_docstring(node, clean=False) is None or len(node.body) == 1:
@@ -453,7 +462,6 @@ def _candidates(paths: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[st
         except (SyntaxError, ValueError):  # templates and other Pythons
             continue
         lines = text.split("\n")
-        inner = {id(n) for f in ast.walk(tree) if isinstance(f, FUNCTION) for n in ast.walk(f)}
         is_test = bool(re.search(r"(^|/)(tests?/|test_[^/]*$)|_test\.py$", path))
         for name, node, parent in _definitions(tree):
             if isinstance(node, ast.ClassDef):
@@ -469,9 +477,9 @@ def _candidates(paths: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[st
                 if isinstance(parent, ast.ClassDef):
                     head = _lines(lines, _start(parent), _start(parent.body[0]) - 1) + "\n" + head
                 tests.append((path, name, node, head))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Assign | ast.AnnAssign) and (prompt := _literal_prompt(lines, node)):
-                yield "literal", path, f"literal:{node.lineno}", prompt, prompt, int(id(node) in inner)
+        for node, late in _assignments(tree):
+            if prompt := _literal_prompt(lines, node):
+                yield "literal", path, f"literal:{node.lineno}", prompt, prompt, late
     for path, name, node, head in tests:  # the function under test: named by the test if possible, never ambiguous
         called = [f for f in _calls(node) if len(functions.get(f, ())) == 1 and functions[f][0].count("\n") >= 2]
         if called:
@@ -482,17 +490,18 @@ def _candidates(paths: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[st
 def _cut_left(prompt: str, tokenizer: PreTrainedTokenizerFast, limit: int) -> tuple[str, list[int]]:
     """(text, ids) of the longest end of the prompt that starts at a line and has at most `limit` tokens; "" if none."""
 
+    def end(first: int) -> str:
+        return "\n".join(lines[first:]).lstrip("\n")
+
     def ids(first: int) -> list[int]:
-        return _encode(["\n".join(lines[first:])], tokenizer)[0]
+        return _encode([end(first)], tokenizer)[0]
 
     lines = prompt.split("\n")
-    whole = ids(0)
-    if len(whole) <= limit:
-        return prompt, whole
-    first = bisect.bisect_left(range(len(lines)), True, key=lambda i: len(ids(i)) <= limit)
-    while first < len(lines) and not lines[first].strip():
-        first += 1
-    return "\n".join(lines[first:]), ids(first)
+    places = range(len(lines))
+    # A long text is first cut by its characters, more than the tokens can hold, as tokenizing takes the time here.
+    first = bisect.bisect_left(places, True, key=lambda i: len(end(i)) <= 8 * limit)
+    first = bisect.bisect_left(places, True, lo=first, key=lambda i: len(ids(i)) <= limit)
+    return end(first), ids(first)
 
 
 def code_prompts(
@@ -516,14 +525,17 @@ def code_prompts(
     rows = []
     for family, candidates in found.items():
         fitting, ranked, in_file, in_package = [], [], Counter(), Counter()
-        for key, package, path, prompt, late in candidates.values():
-            text, ids = _cut_left(prompt, tokenizer, max_prompt_tokens)
+        wholes = _encode([row[3] for row in candidates.values()], tokenizer) if candidates else []
+        for (key, package, path, prompt, late), ids in zip(candidates.values(), wholes, strict=True):
+            text = prompt
+            if len(ids) > max_prompt_tokens:
+                text, ids = _cut_left(prompt, tokenizer, max_prompt_tokens)
             if len(ids) >= 24:
                 late = late or int(family != "literal" and text != prompt)  # of a literal only context is cut
                 fitting.append((late, key, package, path, text, ids))
         for late, key, package, path, text, ids in sorted(fitting):
-            surplus = in_file[path] >= 2
-            in_file[path] += 1
+            surplus = in_file[package, path] >= 2
+            in_file[package, path] += 1
             in_package[package, surplus, late] += 1
             ranked.append(((surplus, late, in_package[package, surplus, late], key), package, path, text, ids))
         if len(ranked) < per_family:
@@ -673,7 +685,7 @@ def chat_tokens(messages: Sequence[dict], tokenizer: PreTrainedTokenizerFast) ->
             before, after = render(messages[:i], True), render(messages[: i + 1], False)
             if not (after.startswith(before) and text.startswith(after)):
                 raise UserError(
-                    f"the chat template is not prefix-stable: it writes turn {i} or those before in another way once more "
+                    f"the chat template is not prefix-stable: it writes turn {i} or those before otherwise once more "
                     "follows; set tokenizer.chat_template to one that only appends"
                 )
             spans.append((len(before), len(after)))

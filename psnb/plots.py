@@ -22,7 +22,6 @@ import torch
 from IPython.display import HTML, Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 
 from psnb import decode, groups, manifest
 
@@ -232,10 +231,8 @@ def group_mask(n: int, k: int) -> Figure:
     names = [f"({d},{t})" for d, t in zip(depth, anchor)]
     ax.set_xticks(range(size), names, rotation=90, fontsize=8)
     ax.set_yticks(range(size), [f"{name}  pos {d + t}" for name, d, t in zip(names, depth, anchor)], fontsize=8)
-    ax.set(title=f"n = {n} anchors, k = {k} slots", xlabel="key row (depth, anchor)", ylabel="query row, position id")
+    ax.set(title=f"n = {n} anchors, k = {k} slots\nlight: a real token, dark: a mask of its own group", xlabel="key row (depth, anchor)", ylabel="query row, position id")
     ax.grid(False)
-    kinds = [Patch(color="#9ecae1", label="a real token"), Patch(color="#08519c", label="a mask of its own group")]
-    figure.legend(handles=kinds, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 

@@ -33,6 +33,7 @@ class Target:
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.eos_token_id: int | None = tokenizer.eos_token_id
         self.context: int = model.config.max_position_embeddings
+        self.layers: int = model.config.num_hidden_layers
 
     @property
     def device(self) -> torch.device:

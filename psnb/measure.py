@@ -1,0 +1,338 @@
+"""Measuring: generations, acceptance, time, intervals, losslessness, the cost model (DESIGN section 7)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from itertools import product
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from psnb import manifest
+from psnb.cache import KVCache
+from psnb.decode import Generation, Settings, Stops, autoregressive, speculative
+from psnb.drafters import Drafter
+from psnb.errors import UserError
+from psnb.profile import nearest
+from psnb.target import Target
+from psnb.verify import Noise, perturb
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+COLUMNS = "stage method tree k nodes task temperature metric value low high n unit".split()
+BASELINES = ("plain", "hf_generate")
+METHODS = (*BASELINES, "medusa", "eagle", "medusa-ps", "eagle-ps")
+TIE = 1e-4  # two best scores closer than this are a numeric tie (DESIGN, invariant 4)
+BOOTSTRAP = 1000
+
+
+class _Watch(StoppingCriteria):
+    """Feeds `generate`'s tokens to the same stops as every method, and notes when the first one came."""
+
+    def __init__(self, generation: Generation, settings: Settings) -> None:
+        self.stops, self.at = Stops(generation, settings), len(generation.prompt)
+        self.first = 0.0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: object) -> torch.Tensor:
+        tokens = input_ids[0, self.at + len(self.stops.of.tokens) :].tolist()
+        self.first = self.first or time.perf_counter()
+        self.stops.add(tokens)
+        return torch.full((1,), self.stops.done, device=input_ids.device)
+
+
+@torch.inference_mode()
+def hf_generate(target: Target, prompt: Sequence[int], settings: Settings) -> Generation:
+    """`transformers`' own `generate` with its dynamic cache: the baseline that the literature compares with.
+
+    Above T = 0 it samples with its own random numbers, so its text differs from the coupled one.
+    """
+    result = Generation(list(prompt))
+    watch = _Watch(result, settings)
+    ids = torch.tensor([list(prompt)], device=target.device)
+    torch.manual_seed(settings.seed)
+    sampling = {"temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if settings.temperature else {}
+    began = time.perf_counter()
+    target.model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=settings.max_new_tokens,
+        do_sample=settings.temperature > 0,
+        eos_token_id=list(settings.stop_tokens) or None,
+        pad_token_id=target.eos_token_id or 0,
+        stopping_criteria=StoppingCriteriaList([watch]),
+        **sampling,
+    )
+    ended = time.perf_counter()
+    result.seconds |= {"prefill": watch.first - began, "verify": ended - watch.first}
+    return result
+
+
+def generate(target: Target, drafters: dict[str, Drafter], method: str, prompt: Sequence[int], settings: Settings) -> Generation:
+    """One generation by a method's name: plain, hf_generate or a drafter's."""
+    if method == "plain":
+        return autoregressive(target, prompt, settings)
+    if method == "hf_generate":
+        return hf_generate(target, prompt, settings)
+    if method not in drafters:
+        raise UserError(f"unknown method {method!r}; {nearest(method, [*BASELINES, *drafters])}")
+    return speculative(target, drafters[method], prompt, settings)
+
+
+def run(
+    target: Target,
+    drafters: dict[str, Drafter],
+    prompts: Dataset,
+    *,
+    methods: dict[str, list[int]],
+    temperatures: Sequence[float],
+    max_new_tokens: int,
+    repeats: int = 1,
+    repeat_prompts: int = 0,
+    seed: int = 0,
+    label: str = "generating",
+) -> pd.DataFrame:
+    """Generate with every method x draft length x temperature on every prompt: one row a generation.
+
+    methods: name -> draft lengths ([0] for the baselines). Methods are interleaved prompt by prompt, in an order that
+    rotates, and share one seed a (prompt, repeat). The first repeat covers all prompts, later ones the first
+    `repeat_prompts` of each family (0: all); `hf_generate` runs on those prompts alone, in every repeat.
+    """
+    arms = [(method, k) for method, ks in methods.items() for k in ks]
+    records = [prompts[i] for i in range(len(prompts))]
+    place: dict[str, int] = {}
+    timed = set()
+    for record in records:
+        place[record["family"]] = place.get(record["family"], 0) + 1
+        if not repeat_prompts or place[record["family"]] <= repeat_prompts:
+            timed.add(record["id"])
+    plan = [
+        (temperature, repeat, index, record)
+        for repeat, temperature in product(range(repeats), temperatures)
+        for index, record in enumerate(records)
+        if repeat == 0 or record["id"] in timed
+    ]
+    stop = (target.eos_token_id,) if target.eos_token_id is not None else ()
+    for method, k in arms:  # warm up
+        generate(target, drafters, method, records[0]["input_ids"], Settings(k=k or 1, max_new_tokens=6))
+    rows = []
+    for temperature, repeat, index, record in manifest.progress(plan, len(plan), label):
+        turn = (index + repeat) % len(arms)
+        for method, k in arms[turn:] + arms[:turn]:
+            if method == "hf_generate" and record["id"] not in timed:
+                continue
+            settings = Settings(k or 1, temperature, max_new_tokens, seed + 7919 * repeat + index, stop)
+            made = generate(target, drafters, method, record["input_ids"], settings)
+            drafted = method not in BASELINES
+            histogram = np.bincount([r.accepted for r in made.whole_rounds], minlength=k + 1)
+            rows.append(
+                {
+                    "method": method,
+                    "k": k,
+                    "temperature": temperature,
+                    "task": record["family"],
+                    "prompt": record["id"],
+                    "repeat": repeat,
+                    "seed": settings.seed,
+                    "tokens": len(made.tokens) - 1,  # the first one belongs to the prefill
+                    "rounds": len(made.rounds) if drafted else len(made.tokens) - 1,
+                    "histogram": " ".join(map(str, histogram)) if drafted else "",
+                    **{f"{part}_s": seconds for part, seconds in made.seconds.items()},
+                    "decode_s": made.decode_seconds,
+                    "stopped": made.stopped,
+                    "repeated_8gram": made.repeated,
+                    "output": " ".join(map(str, made.tokens)),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _weights(prompts: int, seed: int = 0) -> np.ndarray:
+    """How often each prompt is drawn in each bootstrap sample: [1 + BOOTSTRAP, prompts]; row 0 is the data itself."""
+    draws = np.random.default_rng(seed).multinomial(prompts, np.full(prompts, 1 / prompts), BOOTSTRAP)
+    return np.vstack([np.ones(prompts), draws])
+
+
+def _interval(values: np.ndarray) -> tuple[float, float, float]:
+    """values [1 + BOOTSTRAP], the first from the data: (value, low, high) of the 95 % interval."""
+    drawn = values[1:][np.isfinite(values[1:])]
+    low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
+    return float(values[0]), float(low), float(high)
+
+
+def _histograms(part: pd.DataFrame, k: int) -> np.ndarray:
+    """Rounds that accepted 0..k tokens, by generation: [generations, k + 1]."""
+    return np.array([np.fromstring(h, int, sep=" ") for h in part["histogram"]]).reshape(len(part), k + 1)
+
+
+def summary(runs: pd.DataFrame, stage: str) -> pd.DataFrame:
+    """Every metric of `run`'s rows in the columns of summary.csv, by method x k x temperature x task and over all tasks.
+
+    A value is a ratio of sums (tokens / seconds, accepted / tried); its interval resamples prompts. Speedups pair the
+    same prompts and repeats: `speedup_vs_plain` is the ratio of total tokens / total decode time,
+    `speedup_mean_rate` Spec-Bench's ratio of mean tokens/s.
+    """
+    rows: list[dict[str, object]] = []
+    runs = runs.assign(rate=runs["tokens"] / runs["decode_s"])
+    keys = ["method", "k", "temperature"]
+    for task in [*sorted(runs["task"].unique()), "all"]:
+        of_task = runs if task == "all" else runs[runs["task"] == task]
+        baselines = {
+            (method, t): part.set_index(["prompt", "repeat"])
+            for (method, t), part in of_task[of_task["method"].isin(BASELINES)].groupby(["method", "temperature"])
+        }
+        for (method, k, temperature), part in of_task.groupby(keys, sort=False):
+            with np.errstate(divide="ignore", invalid="ignore"):
+                for metric, values, n, unit in _metrics(part, method, int(k), baselines, temperature):
+                    value, low, high = _interval(values)
+                    if np.isfinite(value):
+                        rows.append(
+                            dict(stage=stage, method=method, tree="chain" if k else "", k=k or None, nodes=k or None,
+                                 task=task, temperature=temperature, metric=metric, value=value, low=low, high=high, n=n,
+                                 unit=unit)
+                        )  # fmt: skip
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _metrics(part: pd.DataFrame, method: str, k: int, baselines: dict, temperature: float):  # noqa: ANN202
+    """Yield (metric, values [1 + BOOTSTRAP], prompts, unit) of one method's rows."""
+
+    def by_prompt(frame: pd.DataFrame, columns: np.ndarray) -> np.ndarray:
+        sums = pd.DataFrame(columns, index=frame["prompt"].to_numpy()).groupby(level=0, sort=True).sum().to_numpy()
+        return _weights(len(sums)) @ sums  # [1 + BOOTSTRAP, columns]
+
+    n = part["prompt"].nunique()
+    names = ["tokens", "rounds", "decode_s", "draft_s", "verify_s", "commit_s", "host_s", "repeated_8gram"]
+    sums = dict(zip(names, by_prompt(part, part[names].to_numpy(float)).T, strict=True))
+    yield "tokens_per_second", sums["tokens"] / sums["decode_s"], n, "tokens/s"
+    yield "repeated_8gram_share", sums["repeated_8gram"] / sums["tokens"], n, "share"
+    if method != "hf_generate":
+        for name in ("draft", "verify", "commit", "host"):
+            yield f"{name}_ms", 1e3 * sums[f"{name}_s"] / sums["rounds"], n, "ms/round"
+    if k:
+        counts = by_prompt(part, _histograms(part, k))  # rounds that accepted exactly i
+        reached = counts[:, ::-1].cumsum(1)[:, ::-1]  # at least i
+        accepted = (counts * np.arange(k + 1)).sum(1) / reached[:, 0]
+        yield "tokens_per_step", 1 + accepted, n, "tokens"
+        yield "accepted_per_step", accepted, n, "tokens"
+        for i in range(k):
+            yield f"accept_cond_{i}", reached[:, i + 1] / reached[:, i], n, "share"
+            yield f"accept_uncond_{i}", reached[:, i + 1] / reached[:, 0], n, "share"
+    for baseline, name in (("plain", "speedup_vs_plain"), ("hf_generate", "speedup_vs_hf")):
+        if method == baseline or (baseline, temperature) not in baselines:
+            continue
+        both = part.set_index(["prompt", "repeat"]).join(
+            baselines[baseline, temperature][["tokens", "decode_s", "rate"]], rsuffix="_base", how="inner"
+        ).reset_index()  # fmt: skip
+        both["one"] = 1.0
+        columns = ["tokens", "decode_s", "tokens_base", "decode_s_base", "rate", "rate_base", "one"]
+        t, s, t0, s0, rate, rate0, _ = by_prompt(both, both[columns].to_numpy(float)).T
+        yield name, (t / s) / (t0 / s0), both["prompt"].nunique(), "x"
+        if baseline == "plain":
+            yield "speedup_mean_rate", rate / rate0, both["prompt"].nunique(), "x"
+
+
+@torch.inference_mode()
+def gap(target: Target, prefix: Sequence[int], settings: Settings) -> float:
+    """How far apart the two best (perturbed) scores of the next token after `prefix` lie."""
+    ids = torch.tensor([list(prefix)], device=target.device)
+    features = target.features(ids, torch.arange(ids.shape[1], device=target.device)[None], None)
+    noise = None
+    if settings.temperature:
+        noise = Noise(settings.seed, target.vocab_size, target.dtype, target.device).rows(len(prefix), 1)
+    best = perturb(target.logits(features[0, -1:]), settings.temperature, noise).topk(2).values[0]
+    return (best[0] - best[1]).item()
+
+
+def lossless(runs: pd.DataFrame, target: Target, prompts: Dataset, stage: str) -> pd.DataFrame:
+    """Compare every drafter's output with plain decoding's, token for token: counts in the columns of summary.csv.
+
+    A difference where the two best scores lie within TIE is a numeric tie, any other a mismatch; what follows a
+    difference is not compared.
+    """
+    prompt_ids = {record["id"]: list(record["input_ids"]) for record in prompts}
+    same = ["prompt", "repeat", "temperature"]
+    plain = runs[runs["method"] == "plain"].set_index(same)["output"]
+    rows: list[dict[str, object]] = []
+    drafted = runs[~runs["method"].isin(BASELINES)]
+    for (method, k, temperature), part in drafted.groupby(["method", "k", "temperature"], sort=False):
+        compared = ties = mismatches = 0
+        for line in part.itertuples():
+            ours = [int(t) for t in line.output.split()]
+            theirs = [int(t) for t in plain[line.prompt, line.repeat, line.temperature].split()]
+            differ = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
+            at = differ[0] if differ else min(len(ours), len(theirs))
+            compared += at
+            if differ:
+                settings = Settings(temperature=temperature, seed=line.seed)
+                tie = gap(target, prompt_ids[line.prompt] + ours[:at], settings) < TIE
+                ties, mismatches = ties + tie, mismatches + (not tie)
+            elif len(ours) != len(theirs):
+                mismatches += 1
+        kind = "greedy_mismatches" if temperature == 0 else "coupled_mismatches"
+        for metric, value in ((kind, mismatches), ("numeric_ties", ties), ("tokens_compared", compared)):
+            rows.append(
+                dict(stage=stage, method=method, tree="chain", k=k, nodes=k, task="all", temperature=temperature,
+                     metric=metric, value=value, n=part["prompt"].nunique(), unit="tokens" if "tokens" in metric else "count")
+            )  # fmt: skip
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+@torch.inference_mode()
+def draft_times(
+    target: Target, drafters: dict[str, Drafter], ks: Sequence[int], context: int = 128, repeats: int = 30
+) -> pd.DataFrame:
+    """Milliseconds of one draft of k tokens after `context` known ones: method, k, draft_ms, low, high, n.
+
+    Two new real rows a draft, as after a round that accepted one token; medians with bootstrap intervals, all arms
+    interleaved. Includes the choice of the tokens.
+    """
+    arms = [(name, k) for name, drafter in drafters.items() for k in ks if k <= drafter.k]
+    ids = torch.randint(0, target.vocab_size, (1, context + 2), device=target.device)
+    features = target.features(ids, torch.arange(context + 2, device=target.device)[None], None)
+    caches = {}
+    for name, drafter in drafters.items():
+        caches[name] = KVCache(max(1, drafter.spec.layers), context + 16 + max(ks))
+        drafter.prefill(features[:, :context], ids[:, :context], caches[name])
+    taken: dict[tuple[str, int], list[float]] = {arm: [] for arm in arms}
+    for turn in range(repeats + 3):
+        for name, k in arms:
+            began = time.perf_counter()
+            drafters[name].draft(features[:, -2:], ids[:, -2:], k, lambda logits, slot: logits.argmax(-1), caches[name])
+            if target.device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 3:  # the first ones warm up
+                taken[name, k].append(1e3 * (time.perf_counter() - began))
+            caches[name].crop(context)
+    rows = []
+    for (name, k), times in taken.items():
+        drawn = np.random.default_rng(0).choice(times, (BOOTSTRAP, len(times)))
+        low, high = np.percentile(np.median(drawn, 1), [2.5, 97.5])
+        rows.append({"method": name, "k": k, "draft_ms": np.median(times), "low": low, "high": high, "n": len(times)})
+    return pd.DataFrame(rows)
+
+
+def cost_model(rows: pd.DataFrame) -> pd.DataFrame:
+    """speedup = tokens_per_step * t_plain / (t_draft + t_verify + t_rest), beside the measured one.
+
+    rows: summary.csv's, of one stage, task `all`. Returns method, k, temperature, tokens_per_step, plain_ms, draft_ms,
+    verify_ms, rest_ms, measured, predicted.
+    """
+    rows = rows[rows["task"] == "all"]
+    wide = rows.pivot_table(index=["method", "k", "temperature"], columns="metric", values="value", dropna=False)
+    plain = rows[rows["method"] == "plain"].pivot_table(index="temperature", columns="metric", values="value")
+    made = []
+    for (method, k, temperature), line in wide.dropna(subset=["tokens_per_step"]).iterrows():
+        plain_ms = plain.loc[temperature, ["verify_ms", "commit_ms", "host_ms"]].sum()
+        rest = line["commit_ms"] + line["host_ms"]
+        step = line["draft_ms"] + line["verify_ms"] + rest
+        made.append(
+            dict(method=method, k=int(k), temperature=temperature, tokens_per_step=line["tokens_per_step"],
+                 plain_ms=plain_ms, draft_ms=line["draft_ms"], verify_ms=line["verify_ms"], rest_ms=rest,
+                 measured=line["speedup_vs_plain"], predicted=line["tokens_per_step"] * plain_ms / step)
+        )  # fmt: skip
+    return pd.DataFrame(made)

@@ -1,0 +1,328 @@
+"""Running a profile: its notebooks through papermill, in order, then the report; and what `psnb list` tells."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from psnb import manifest
+from psnb.errors import UserError
+from psnb.manifest import digest, say
+from psnb.profile import Profile, nearest
+from psnb.study import DATA, SPLITS, Study, code, read_json, stage_facts
+
+CPU_FLOPS, GPU_FLOPS = 1e11, 1e14  # a second, reached while training: 2 cores; one GPU. For cost hints only
+
+
+def notebooks(study: Study) -> dict[str, Path]:
+    """The source notebooks by name, in order. Raises UserError where there are none."""
+    found = {path.stem: path for path in sorted((study.root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    if not found:
+        raise UserError(f"no notebooks in {study.root / 'notebooks'}: run psnb inside the project's folder")
+    return found
+
+
+def stages(study: Study) -> list[str]:
+    """All names that `--only` takes, in the order of a run."""
+    return [*DATA, *study.models, *notebooks(study), "report"]
+
+
+# --- 1. parameters --------------------------------------------------------------------------------------------------
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a value is of an annotated type such as `int`, `float`, `list[str]`, `dict[str, int]`."""
+    found = re.fullmatch(r"(\w+)(?:\[(.*)\])?", kind.strip())
+    if not found or found[1] in ("None", "Any"):  # not annotated
+        return True
+    name, inner = found[1], re.split(r",\s*", found[2] or "Any")
+    if name == "list":
+        return isinstance(value, list) and all(_fits(v, inner[0]) for v in value)
+    if name == "dict":
+        return isinstance(value, dict) and all(_fits(k, inner[0]) and _fits(v, inner[-1]) for k, v in value.items())
+    return type(value).__name__ == name or (name == "float" and type(value) is int)
+
+
+def _value(given: Any, kind: str) -> Any:
+    """A text becomes the Python value that it spells, where it spells one and a text is not what is wanted."""
+    if not isinstance(given, str):
+        return given
+    try:
+        value = ast.literal_eval(given)
+    except (ValueError, SyntaxError):
+        value = {"true": True, "false": False}.get(given.lower(), given)
+    return value if isinstance(value, str) or kind != "str" else given
+
+
+def check_parameters(study: Study, given: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """{notebook: {name: value}} checked against the annotated parameters cells, as are the profile's own values.
+
+    A value may be a text that spells it (`"[1, 2]"`). Raises UserError for an unknown notebook or parameter and for a
+    value of another type, naming what would be right.
+    """
+    import papermill
+
+    paths, known = notebooks(study), {}
+    for where, table in ((f"profile {study.profile.name}", study.profile.notebooks), ("-p", given)):
+        checked: dict[str, dict[str, Any]] = {}
+        for notebook, values in table.items():
+            if notebook not in paths:
+                raise UserError(f"{where}: unknown notebook {notebook!r}; {nearest(notebook, paths)}")
+            if notebook not in known:
+                known[notebook] = papermill.inspect_notebook(str(paths[notebook]))
+            free = known[notebook].keys() - {"profile", "output"}  # these two are psnb's own
+            for name, value in values.items():
+                if name not in free:
+                    raise UserError(f"{where}: unknown parameter {notebook}.{name}; {nearest(name, free)}")
+                kind = known[notebook][name]["inferred_type_name"]
+                value = _value(value, kind)
+                if not _fits(value, kind):
+                    raise UserError(f"{where}: {notebook}.{name} wants {kind}, not {value!r}")
+                checked.setdefault(notebook, {})[name] = value
+    return checked
+
+
+# --- 2. one notebook ------------------------------------------------------------------------------------------------
+
+
+class Failed(Exception):
+    """A notebook raised `name` with this text."""
+
+    def __init__(self, name: str, text: str) -> None:
+        self.disk = name == "DiskError"
+        first = next(iter(text.strip().splitlines()), "")
+        super().__init__(first if name in ("", "UserError", "DiskError") else f"{name}: {first}")
+
+
+def _key(study: Study, source: Path, given: dict[str, Any]) -> str:
+    cells = [cell["source"] for cell in read_json(source)["cells"]]
+    return digest([cells, study.profile.notebooks.get(source.stem, {}), given, study.text(), code("**/*.py")])
+
+
+def _executed(study: Study, source: Path) -> Path:
+    return study.results / "notebooks" / source.name
+
+
+def execute(study: Study, source: Path, given: dict[str, Any], profile: str) -> bool:
+    """Runs one notebook into results/<profile>/notebooks unless it stands there for the same inputs; True if it ran.
+
+    A failed one is kept as NAME.failed.ipynb. Raises UserError with the notebook's own message.
+    """
+    name, final, key = source.stem, _executed(study, source), _key(study, source, given)
+    if study.current(name, key, final):
+        return False
+    say(f"{name}: running")
+    began, failed = time.monotonic(), final.with_suffix(".failed.ipynb")
+    values = {"profile": profile, "output": ".", **study.profile.notebooks.get(name, {}), **given}
+    with manifest.atomic_folder(study.cache / "running") as folder:
+        running = folder / source.name
+        try:
+            _papermill(study, source, running, values)
+        except Failed as error:
+            manifest.write_text(failed, _tidy(study, running))
+            kind = manifest.DiskError if error.disk else UserError
+            raise kind(f"{name}: {error} (how far it came: {failed})") from error
+        manifest.write_text(final, _tidy(study, running))
+        failed.unlink(missing_ok=True)
+    study.done(name, key, final, began)
+    return True
+
+
+def _papermill(study: Study, source: Path, running: Path, values: dict[str, Any]) -> None:
+    """Executes with this very Python, whatever kernels the user has; its prints go to stdout. Raises Failed."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    kernels = [str(Path(sys.prefix) / "share" / "jupyter"), os.environ.get("JUPYTER_PATH", "")]
+    environment = {
+        "PSNB_NOTEBOOK": source.stem,
+        "JUPYTER_PATH": os.pathsep.join(filter(None, kernels)),
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        papermill.execute_notebook(
+            source, running, values, kernel_name="python3", progress_bar=False, cwd=study.output,
+            stdout_file=sys.stdout, start_timeout=180, extra_arguments=["--IPKernelApp.log_level=50"],
+        )  # fmt: skip
+    except papermill.PapermillExecutionError as error:
+        if error.ename == "KeyboardInterrupt":
+            raise KeyboardInterrupt from error
+        raise Failed(error.ename, error.evalue) from error
+    except DeadKernelError as error:
+        raise Failed("", "its kernel died; most often the memory was not enough") from error
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _tidy(study: Study, executed: Path) -> str:
+    """An executed notebook as text, without the paths of the machine."""
+    notebook = read_json(executed)
+    names = {
+        f"{side}_path": f"{folder}/{executed.name}" for side, folder in (("input", "notebooks"), ("output", "results"))
+    }
+    notebook["metadata"].get("papermill", {}).update(names)
+    folders = {sys.prefix: "PYTHON", sys.base_prefix: "PYTHON", study.output: ".", study.root: ".", Path.home(): "~"}
+
+    def clean(text: str | list[str]) -> str | list[str]:
+        if isinstance(text, list):
+            return [clean(line) for line in text]
+        for folder, short in folders.items():
+            text = text.replace(str(folder), short) if len(str(folder)) > 1 else text
+        return text
+
+    for output in (output for cell in notebook["cells"] for output in cell.get("outputs", [])):
+        for where, name in ((output, "text"), (output, "traceback"), (output.get("data", {}), "text/plain")):
+            if name in where:
+                where[name] = clean(where[name])
+    return json.dumps(notebook, indent=1, ensure_ascii=False) + "\n"
+
+
+# --- 3. a run -------------------------------------------------------------------------------------------------------
+
+
+def run(
+    profile: str | Profile = "embedded",
+    only: str | None = None,
+    fresh: bool = False,
+    parameters: dict[str, dict[str, Any]] | None = None,
+    output: str | Path = "",
+) -> Path:
+    """Runs a profile: all notebooks in order and the report, or `only` one stage. Returns the results' folder.
+
+    `parameters` is {notebook: {name: value}}. `fresh` makes `only` again, or without it everything that is measured; it
+    touches weights only where `only` names them. Raises UserError before any work for unknown names and wrong types.
+    """
+    study = Study.open(profile, output)
+    if only is not None and only not in stages(study):
+        raise UserError(f"unknown stage {only!r}; {nearest(only, stages(study))}")
+    given = check_parameters(study, parameters or {})
+    chosen = [path for name, path in notebooks(study).items() if only in (None, name)]
+    if not chosen:
+        if fresh:
+            study.fresh |= {only, *(f"{only}-{split}" for split in SPLITS)}
+        report(study) if only == "report" else study.make(only)
+        study.manifest.update(**study.facts())
+        return study.results
+    name = str(Path(profile).resolve()) if str(profile).endswith(".toml") else study.profile.name
+    study.manifest.start(
+        profile=study.profile.name, title=study.profile.title, command=_command(study, only, fresh, given),
+        seed=study.profile.seed, revision=manifest.revision(study.root), machine=manifest.machine(),
+        dtype=study.profile.dtype, device=str(study.device), settings=dataclasses.asdict(study.profile),
+    )  # fmt: skip
+    if fresh:
+        _forget(study, only)
+    try:
+        began = time.monotonic()
+        executed = [path.stem for path in chosen if execute(study, path, given.get(path.stem, {}), name)]
+        study.manifest.update(**study.facts(), executed=executed, seconds=round(time.monotonic() - began, 1))
+        if only is None and (executed or not (study.results / "report.html").is_file()):
+            report(study)
+        elif only is None:
+            study.once("report", "reused")
+        study.manifest.finish("complete")
+    except BaseException as error:
+        with contextlib.suppress(UserError, OSError):  # a full disk: the first error is the one to tell
+            stopped = isinstance(error, KeyboardInterrupt)
+            study.manifest.finish("interrupted" if stopped else "failed", **study.facts(), error=str(error))
+        raise
+    return study.results
+
+
+def _command(study: Study, only: str | None, fresh: bool, given: dict[str, dict[str, Any]]) -> str:
+    words = [
+        "psnb run --profile",
+        study.profile.name,
+        *(["--only", only] if only else []),
+        *(["--fresh"] if fresh else []),
+    ]
+    pairs = [f"-p '{notebook}.{name}={value}'" for notebook, values in given.items() for name, value in values.items()]
+    return " ".join([*words, *pairs])
+
+
+def _forget(study: Study, only: str | None) -> None:
+    """`--fresh`: the records of what is to be measured again go first, so that a killed run goes on with it."""
+    for path in study.cache.glob("stages/*.json"):
+        if only is None or path.stem == only or read_json(path).get("notebook") in (only, ""):
+            path.unlink()
+
+
+def report(study: Study) -> Path:
+    """Renders results/<profile>/report.html from the executed notebooks and the manifest.
+
+    Raises UserError where a notebook has not been executed yet.
+    """
+    from psnb import report as rendering
+
+    executed = [_executed(study, path) for path in notebooks(study).values()]
+    if missing := [path.stem for path in executed if not path.is_file()]:
+        cure = f"`psnb run --profile {study.profile.name}` runs what is missing"
+        raise UserError(f"not run yet: {', '.join(missing)}; {cure}")
+    say("report: rendering")
+    path = study.results / "report.html"
+    rendering.html(executed, study.manifest.read(), path)
+    return path
+
+
+# --- 4. what is done ------------------------------------------------------------------------------------------------
+
+
+def status(study: Study) -> pd.DataFrame:
+    """stage, done (yes, no, changed, damaged), cost: what it took, or what it would take."""
+    told, rows = study.manifest.read().get("stages", {}), []
+    for stage in DATA:
+        parts = [study.made(s) for s in ([f"{stage}-{x}" for x in SPLITS] if stage in ("tokens", "rows") else [stage])]
+        ready = stage == "tokenizer" and (study.profile.target.path or study.ready("target"))
+        seconds = [part["seconds"] for part in parts if part]
+        rows.append(
+            (stage, "yes" if all(parts) or ready else "no", _took(sum(seconds)) if seconds else "minutes at most")
+        )
+    rows += [(name, *_weights_status(study, name)) for name in study.models]
+    for name, path in notebooks(study).items():
+        done = study.current(name, _key(study, path, {}), _executed(study, path), quiet=True)
+        rows.append((name, "yes" if done else "no", _took(told[name]["seconds"]) if name in told else "minutes"))
+    done = (study.results / "report.html").is_file() and all(row[1] == "yes" for row in rows[len(DATA) :])
+    rows.append(("report", "yes" if done else "no", "seconds"))
+    return pd.DataFrame(rows, columns=["stage", "done", "cost"])
+
+
+def _took(seconds: float) -> str:
+    return f"took {seconds / 60:.1f} min"
+
+
+def _weights_status(study: Study, name: str) -> tuple[str, str]:
+    if name == "target" and study.profile.target.path:
+        return "yes", f"loaded from {study.profile.target.path}"
+    facts = stage_facts(study.checkpoint(name))
+    if facts and study.ready(name):
+        return "yes", f"{_took(facts['seconds'])} on {facts['machine']}"
+    state = "changed" if facts else "damaged" if study.checkpoint(name).is_dir() else "no"
+    return state, _estimate(study.profile, name)
+
+
+def _estimate(profile: Profile, name: str) -> str:
+    """Minutes of training from the shapes: 6 flops a weight and token, 2 for the frozen target's forward pass."""
+    t, vocabulary = profile.target, profile.data.vocab_size
+    budget = t.train if name == "target" else profile.drafters[name].train
+    if budget is None:
+        return "no training budget in the profile"
+    layer = t.hidden_size**2 * (2 + 2 * t.kv_heads / t.heads) + 3 * t.hidden_size * t.intermediate_size
+    flops = 6 * (t.layers * layer + t.hidden_size * vocabulary)
+    if name != "target":
+        spec = profile.drafters[name]
+        flops = flops / 3 + 6 * spec.k * (spec.layers * layer + t.hidden_size * vocabulary)
+    minutes = flops * budget.steps * budget.rows * profile.data.length / 60
+    return f"about {max(0.1, minutes / CPU_FLOPS):.1f} min on 2 cores, {max(0.1, minutes / GPU_FLOPS):.1f} on one GPU"

@@ -1,0 +1,340 @@
+"""The command line, the two `make` commands' plumbing, and what a user's mistakes look like."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+
+import pytest
+import yaml
+from conftest import ROOT, psnb, write_notebook
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from psnb import runner
+from psnb.__main__ import main
+from psnb.errors import UserError
+from psnb.manifest import RunManifest
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+@pytest.fixture
+def plain_report(monkeypatch):
+    """A stand-in for rendering."""
+    from psnb import report
+
+    def html(notebooks, facts, path):
+        path.write_text(" ".join(p.stem for p in notebooks))
+
+    monkeypatch.setattr(report, "html", html)
+
+
+def refused(capsys, *arguments, code=2):
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured
+    assert lines[0].startswith("psnb: error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--profile", "smoek"], "unknown profile 'smoek'; did you mean smoke?"),
+        (["list", "--profile", "nothing.toml"], "nothing.toml does not exist"),
+        (["run", "--profile", "toy.toml", "--only", "eagel"], "unknown stage 'eagel'; did you mean eagle"),
+        (["run", "--profile", "toy.toml", "--only", "02"], "unknown stage '02'"),
+        (["run", "--profile", "toy.toml", "-p", "n=3"], "write it as NOTEBOOK.name=value"),
+        (["run", "--profile", "toy.toml", "-p", "01_fist.n=3"], "unknown notebook '01_fist'; did you mean 01_first"),
+        (["run", "--profile", "toy.toml", "-p", "01_first.m=3"], "unknown parameter 01_first.m; valid names: ks, n"),
+        (["run", "--profile", "toy.toml", "-p", "01_first.output=3"], "unknown parameter 01_first.output"),
+        (["run", "--profile", "toy.toml", "-p", "01_first.n=many"], "01_first.n wants int, not 'many'"),
+        (["run", "--profile", "toy.toml", "-p", "01_first.n=1.5"], "01_first.n wants int, not 1.5"),
+        (["run", "--profile", "toy.toml", "-p", "01_first.ks=3"], r"01_first.ks wants list\[int\], not 3"),
+        (["run", "--profile", "toy.toml", "-p", "01_first.ks=[1,'a']"], r"01_first.ks wants list\[int\]"),
+        (["run", "--profile", "toy.toml", "-p", "01_first.rate=True"], "01_first.rate wants float, not True"),
+        (["report", "--profile", "toy.toml"], "not run yet: 01_first, 02_second; `psnb run"),
+    ],
+)
+def test_mistakes_are_one_line_before_any_work(toy, capsys, arguments, message):
+    assert re.search(message, refused(capsys, *arguments))
+    assert not (toy / "results").exists()
+
+
+def test_types_of_parameters():
+    assert runner._fits({"eagle": 3}, "dict[str, int]")
+    assert not runner._fits({"eagle": "3"}, "dict[str, int]")
+    assert runner._fits([0, 0.7], "list[float]")
+    assert not runner._fits(True, "int")
+    assert runner._fits("anything", "None")
+    assert runner._fits([1, "a"], "list")
+    assert runner._value("1", "str") == "1"
+    assert runner._value("true", "bool") is True
+    assert runner._value("'a b'", "str") == "a b"
+
+
+def test_profiles_own_parameters_are_checked(toy, capsys):
+    text = (toy / "toy.toml").read_text()
+    (toy / "toy.toml").write_text(text.replace("n = 2", 'n = "two"'))
+    assert "profile toy: 01_first.n wants int" in refused(capsys, "run", "--profile", "toy.toml")
+    (toy / "toy.toml").write_text(text.replace("n = 2", "nn = 2"))
+    assert "unknown parameter 01_first.nn" in refused(capsys, "run", "--profile", "toy.toml")
+
+
+def test_run_reuse_change_and_fresh(toy, capsys, plain_report):
+    def go(*arguments):
+        (toy / "log.txt").unlink(missing_ok=True)
+        assert main(["run", "--profile", "toy.toml", *arguments]) == 0
+        ran = (toy / "log.txt").read_text().split() if (toy / "log.txt").exists() else []
+        return ran, capsys.readouterr().out
+
+    ran, out = go()
+    assert ran == ["first", "second"]
+    assert "first 2 [1, 2] 0.5 a" in out  # a notebook's prints are the run's progress; n comes from the profile
+    assert f"report:   {toy / 'results' / 'toy' / 'report.html'}" in out
+    found = RunManifest(toy / "results" / "toy" / "manifest.json").read()
+    assert found["status"] == "complete"
+    assert found["executed"] == ["01_first", "02_second"]
+    assert found["stages"]["01_first"]["seconds"] > 0
+    assert found["command"] == "psnb run --profile toy"
+    executed = toy / "results" / "toy" / "notebooks" / "01_first.ipynb"
+    assert str(toy) not in executed.read_text()
+
+    ran, out = go()
+    assert ran == []
+    for stage in ("01_first", "02_second", "report"):
+        assert f"{stage}: reused" in out
+    assert go("-p", "01_first.n=5", "-p", "01_first.rate=1", "-p", "01_first.word=b")[0] == ["first"]
+    ran, out = go()
+    assert ran == ["first"]  # back to the profile's own value
+    write_notebook(toy / "notebooks" / "02_second.ipynb", "", "open('log.txt', 'a').write('changed ')")
+    assert go()[0] == ["changed"]
+    assert go("--only", "01_first")[0] == []
+    assert go("--only", "01_first", "--fresh")[0] == ["first"]
+    assert go("--fresh")[0] == ["first", "changed"]
+    executed.unlink()
+    assert go()[0] == ["first"]
+    assert main(["list", "--profile", "toy.toml"]) == 0
+    lines = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    assert lines["01_first"] == lines["02_second"] == "yes"
+    assert lines["corpus"] == lines["target"] == lines["eagle"] == lines["report"] == "no"
+
+
+@pytest.mark.parametrize(
+    ("fail", "code", "message"),
+    [
+        ("user", 2, "02_second: too hot: open a window"),
+        ("disk", 1, "02_second: cannot write x: the disk is full"),
+        ("bug", 2, "02_second: ZeroDivisionError: division by zero"),
+        ("die", 2, "02_second: its kernel died"),
+    ],
+)
+def test_failing_notebook_is_kept_and_the_rest_reused(toy, capsys, plain_report, fail, code, message):
+    line = refused(capsys, "run", "--profile", "toy.toml", "-p", f"02_second.fail={fail}", code=code)
+    assert message in line
+    assert "02_second.failed.ipynb" in line
+    folder = toy / "results" / "toy" / "notebooks"
+    assert sorted(p.name for p in folder.iterdir()) == ["01_first.ipynb", "02_second.failed.ipynb"]
+    found = RunManifest(toy / "results" / "toy" / "manifest.json").read()
+    assert (found["status"], found["error"]) == ("failed", line.removeprefix("psnb: error: "))
+    assert main(["run", "--profile", "toy.toml"]) == 0
+    assert "01_first: reused" in capsys.readouterr().out
+    assert sorted(p.name for p in folder.iterdir()) == ["01_first.ipynb", "02_second.ipynb"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_stopped_in_a_notebook(toy, number):
+    """Ctrl-C is one line and code 130; after a kill too the next run goes on at the notebook that died."""
+    words = [sys.executable, "-m", "psnb", "run", "--profile", "toy.toml", "-p", "02_second.fail=wait"]
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in running.stdout:
+        if line.startswith("waiting"):
+            break
+    running.send_signal(number)
+    out, err = running.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert running.returncode == 130
+        assert err.splitlines()[-1].startswith("psnb: stopped; what was finished is kept")
+        assert "Traceback" not in err
+        assert RunManifest(toy / "results" / "toy" / "manifest.json").read()["status"] == "interrupted"
+    folder = toy / "results" / "toy" / "notebooks"
+    assert [p.name for p in folder.iterdir()] == ["01_first.ipynb"]
+    again = psnb("run", "--profile", "toy.toml", "--only", "02_second", cwd=toy)
+    assert again.returncode == 0, again.stderr
+    assert (toy / "log.txt").read_text() == "first second "
+    left = [p.name for p in (toy / "results" / "toy" / ".cache").iterdir()]
+    assert not [name for name in left if name.endswith(".tmp")]
+
+
+def test_no_permission_for_the_results(toy, capsys, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(runner.manifest.os, "replace", refuse)
+    line = refused(capsys, "run", "--profile", "toy.toml", code=1)
+    assert "manifest.json: no permission to write there: " in line
+    assert not (toy / "log.txt").exists()
+
+
+def test_other_commands_in_a_process(toy):
+    listed = psnb("list", "--profile", "toy.toml")
+    assert listed.returncode == 2  # the toy is not in the project's own folder
+    listed = psnb("list", "--profile", "embedded")
+    assert listed.returncode == 0
+    assert {"corpus", "target", "eagle-ps", "04_speedup", "report"} <= {
+        x.split()[0] for x in listed.stdout.splitlines()
+    }
+    assert psnb("--version").stdout.startswith("psnb ")
+    wrong = psnb("rnu")
+    assert wrong.returncode == 2
+    assert "invalid choice: 'rnu'" in wrong.stderr
+    began = time.monotonic()
+    psnb("run", "--profile", "nothing")
+    assert time.monotonic() - began < 5  # torch is not loaded to say so
+
+
+def test_the_kernel_is_this_python(toy, monkeypatch, tmp_path):
+    """A kernel that the user installed under the same name does not get in the way."""
+    bad = tmp_path / "user" / "kernels" / "python3"
+    bad.mkdir(parents=True)
+    (bad / "kernel.json").write_text('{"argv": ["/nonexistent/python"], "display_name": "bad", "language": "python"}')
+    where = "import sys\nopen('where.txt', 'w').write(sys.executable)"
+    write_notebook(toy / "notebooks" / "01_first.ipynb", "n: int = 1\n", where)
+    environment = {**os.environ, "JUPYTER_PATH": str(tmp_path / "user"), "PATH": "/usr/bin:/bin"}
+    done = psnb("run", "--profile", "toy.toml", "--only", "01_first", cwd=toy, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (toy / "where.txt").read_text() == sys.executable
+
+
+# --- the environment ------------------------------------------------------------------------------------------------
+
+
+def pins():
+    lines = (ROOT / "constraints.txt").read_text().split()
+    return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
+
+
+def test_constraints_pin_what_pyproject_asks_for():
+    extra = PROJECT["optional-dependencies"]["dev"]
+    for text in [*PROJECT["dependencies"], *extra]:
+        wanted = Requirement(text)
+        assert pins()[canonicalize_name(wanted.name)] in wanted.specifier, text
+        assert wanted.specifier, f"{text}: no range"
+    assert "psnb" not in pins()
+    assert not [version for version in pins().values() if "+" in version]  # a local build is not in any index
+
+
+def test_conda_gives_the_same_set():
+    book = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = book["dependencies"]
+    assert conda == [f"python{PROJECT['requires-python']}", "pip"]
+    assert pip == {"pip": ["--constraint constraints.txt", "--editable .[dev]"]}
+    make = (ROOT / "Makefile").read_text()
+    assert "-c constraints.txt -e '.[dev]'" in make
+
+
+def test_installed_versions_are_the_pinned_ones():
+    from importlib.metadata import version
+
+    for text in PROJECT["dependencies"]:
+        name = canonicalize_name(Requirement(text).name)
+        assert version(name).split("+")[0] == pins()[name], "the environment is not the pinned one: make clean test"
+
+
+def test_imports_are_declared():
+    declared = {canonicalize_name(Requirement(text).name).replace("-", "_") for text in PROJECT["dependencies"]}
+    declared |= {"nbclient", "nbformat", "jinja2", "IPython", "huggingface_hub", "psnb"}  # parts of declared packages
+    for path in (ROOT / "psnb").rglob("*.py"):
+        for name in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), flags=re.MULTILINE):
+            assert name in sys.stdlib_module_names or name in declared, f"{path.name}: {name}"
+
+
+# --- make -----------------------------------------------------------------------------------------------------------
+
+
+def make(*arguments, cwd=ROOT):
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def test_make_runs_the_two_commands(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    reproduce, test = make("-n", "reproduce", cwd=tmp_path).stdout, make("-n", "test", cwd=tmp_path).stdout
+    for printed in (reproduce, test):
+        assert printed.index("-m venv .venv") < printed.index("pip install") < printed.index("touch .venv/.installed")
+    assert ".venv/bin/psnb run --profile embedded" in reproduce
+    for part in ("ruff check", "ruff format --check", "nbstripout", "-m pytest"):
+        assert part in test
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".installed").touch()
+    assert "pip install" not in make("-n", "test", cwd=tmp_path).stdout  # the second call installs nothing
+    assert "make reproduce" in make(cwd=tmp_path).stdout
+
+
+def test_make_with_an_old_python(tmp_path):
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    old = tmp_path / "python3.9"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    done = make("reproduce", f"PYTHON={old}", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "psnb needs Python 3.11 or newer" in done.stderr.splitlines()[0]
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_ci_runs_make_test():
+    text = (ROOT / ".ci" / "run").read_text()
+    assert "set -euo pipefail" in text
+    assert "make test" in text
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+# --- a real run -----------------------------------------------------------------------------------------------------
+
+
+def test_smoke_runs_everything_from_scratch(smoke):
+    results, figures = smoke / "results" / "smoke", smoke / "figures" / "smoke"
+    found = RunManifest(results / "manifest.json").read()
+    assert found["status"] == "complete"
+    assert found["machine"]["versions"]["torch"]
+    assert found["prompts_sha256"]["got"]
+    assert set(found["checkpoints"]) == {"target", "eagle", "medusa", "medusa-ps", "eagle-ps"}
+    assert found["data"]["corpus"]["documents"]["train"] > 50
+    names = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+    assert [path.name for path in sorted((results / "notebooks").glob("*.ipynb"))] == names
+    assert set(found["stages"]) >= {name[:-6] for name in names}
+    for path in results.rglob("*"):
+        if path.suffix in (".ipynb", ".csv", ".json", ".html") and ".cache" not in path.parts:
+            assert str(smoke) not in path.read_text(), path
+    assert len(list(figures.glob("*.png"))) == len(list(figures.glob("*.svg"))) > 3
+
+
+def test_smoke_again_reuses_everything(smoke):
+    began = time.monotonic()
+    done = psnb("run", "--profile", "smoke", "--output", smoke)
+    assert done.returncode == 0, done.stderr
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        assert f"{path.stem}: reused" in done.stdout
+    assert "report: reused" in done.stdout
+    assert time.monotonic() - began < 30
+
+
+def test_smoke_only(smoke):
+    done = psnb("run", "--profile", "smoke", "--output", smoke, "--only", "eagle-ps")
+    assert done.returncode == 0, done.stderr
+    assert "eagle-ps: reused" in done.stdout
+    assert psnb("run", "--profile", "smoke", "--output", smoke, "--only", "report").returncode == 0
+    listed = psnb("list", "--profile", "smoke", "--output", smoke).stdout
+    assert {line.split()[1] for line in listed.splitlines()[1:]} == {"yes"}, listed
+
+
+def test_errors_inside_are_user_errors(toy):
+    with pytest.raises(UserError, match="unknown stage"):
+        runner.run("toy.toml", only="x")

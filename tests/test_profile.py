@@ -1,0 +1,59 @@
+"""Profiles are refused before any work where they say something wrong."""
+
+import pytest
+
+from psnb import profile, runner
+from psnb.errors import UserError
+from psnb.study import Study
+
+
+@pytest.mark.parametrize("name", profile.names())
+def test_shipped_profiles_load_and_fit_the_notebooks(name):
+    loaded = profile.load(name)
+    assert loaded.name == name
+    assert loaded.title
+    runner.check_parameters(Study.open(loaded), {})
+
+
+def test_names():
+    assert {"smoke", "embedded"} <= set(profile.names())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("title = 1", "title: str is wanted, not 1"),
+        ("", "title missing"),
+        ('titel = "a"', "unknown key 'titel'; did you mean title"),
+        ("title =", "not valid TOML"),
+        ('title = "a"\nseed = 1.5', "seed: int is wanted"),
+        ('title = "a"\ndata = 3', "a table is wanted"),
+        ('title = "a"\n[data]\npackages = "six"', "data.packages: a list is wanted"),
+        ('title = "a"\n[data]\npackages = [1]', "packages: str is wanted"),
+        ('title = "a"\n[target]\nhiden_size = 3', "did you mean hidden_size"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\nk = 0', "k = 0; .* set k to 1 or more"),
+        ('title = "a"\n[drafters.x]\nk = 3', "drafters.x: kind missing"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\nkeep = 0.0', "shares in"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\nmask_mode = "share"', "did you mean shared"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\nwarm_start = "y"', "must be a drafter listed before"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\nwarm_start = "x"', "must be a drafter listed before"),
+        ('title = "a"\ndtype = "float16"', "float32, float64 or bfloat16"),
+    ],
+)
+def test_one_clear_line(tmp_path, text, message):
+    path = tmp_path / "mine.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        profile.load(str(path))
+    assert "\n" not in str(error.value).split("TOML:")[0]
+
+
+def test_a_file_of_ones_own(tmp_path):
+    (tmp_path / "mine.toml").write_text('title = "a"\n[drafters.x]\nkind = "eagle"\nkeep = 1\n[notebooks.01_a]\nn = 2')
+    found = profile.load(str(tmp_path / "mine.toml"))
+    assert (found.name, found.notebooks) == ("mine", {"01_a": {"n": 2}})
+    assert isinstance(found.drafters["x"].keep, float)
+    with pytest.raises(UserError, match="does not exist"):
+        profile.load(str(tmp_path / "other.toml"))
+    with pytest.raises(UserError, match="did you mean smoke"):
+        profile.load("smok")

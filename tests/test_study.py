@@ -1,0 +1,336 @@
+"""The machinery of stages, with cheap stand-ins for training and measuring."""
+
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pandas as pd
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+
+from psnb import drafters, manifest, profile, target, train
+from psnb.errors import UserError
+from psnb.measure import COLUMNS
+from psnb.study import Study
+
+
+def weights(folder, value):
+    save_file({"w": torch.full((4,), float(value))}, folder / "model.safetensors")
+    (folder / "training.csv").write_text("step,tokens,metric,value\n1,10,loss,2.5\n")
+
+
+@pytest.fixture
+def made(toy, monkeypatch):
+    """Training and loading are stand-ins; the list names what was trained and loaded."""
+    calls = []
+
+    def train_target(spec, tokenizer, rows, held_out, folder, *, seed, device, log):
+        calls.append("train target")
+        log({"step": spec.train.steps, "tokens": 1, "metric": "loss", "value": 2.0})
+        weights(folder, seed)
+
+    def train_drafter(spec, target, rows, held_out, folder, *, seed, device, log, warm_start_from=None):
+        calls.append(f"train {spec.kind}" + (f" from {warm_start_from.name}" if warm_start_from else ""))
+        weights(folder, seed + len(spec.kind))
+
+    monkeypatch.setattr(target, "train", train_target)
+    monkeypatch.setattr(train, "train_drafter", train_drafter)
+    monkeypatch.setattr(target, "load", lambda path, dtype, device: calls.append("load target") or "the target")
+    monkeypatch.setattr(drafters, "load", lambda folder, target: calls.append(f"load {folder.name}") or folder.name)
+    monkeypatch.setattr(Study, "tokenizer", lambda self: None)
+    monkeypatch.setattr(Study, "_training_rows", lambda self: (None, None))
+    return calls
+
+
+def test_checkpoints_are_trained_once(toy, made, capsys):
+    study = Study.open("toy.toml")
+    assert study.drafter("eagle-ps") == study.drafter("eagle-ps") == "eagle-ps"
+    trained = ["train target", "load target", "train eagle", "load eagle", "train eagle-ps from eagle", "load eagle-ps"]
+    assert made == trained
+    assert "target: step 3 of 3, loss 2.000" in capsys.readouterr().out
+    made.clear()
+    again = Study.open("toy.toml")
+    again.drafter("eagle-ps")
+    again.drafter("eagle-ps")
+    assert made == ["load target", "load eagle-ps"]
+    out = capsys.readouterr().out
+    assert out.count("eagle-ps: reused (trained 20") == 1
+    assert set(again.training().stage) == {"target", "eagle", "eagle-ps"}
+    with pytest.raises(UserError, match="unknown drafter 'eagel'; did you mean eagle"):
+        again.drafter("eagel")
+
+
+def test_fresh_trains_what_it_names(toy, made):
+    Study.open("toy.toml").drafter("eagle-ps")
+    made.clear()
+    study = Study.open("toy.toml", fresh=["eagle-ps"])
+    study.drafter("eagle-ps")
+    study.drafter("eagle-ps")
+    assert made == ["load target", "train eagle-ps from eagle", "load eagle", "load eagle-ps"][:1] + made[1:]
+    assert made.count("train eagle-ps from eagle") == 1
+    assert "train eagle" not in made
+
+
+def change(toy, old, new):
+    text = (toy / "toy.toml").read_text()
+    assert old in text
+    (toy / "toy.toml").write_text(text.replace(old, new))
+
+
+def test_the_profiles_text_decides(toy, made, capsys):
+    Study.open("toy.toml").drafter("eagle")
+    made.clear()
+    change(toy, 'device = "cpu"', 'device = "cpu"\nseed = 7')
+    Study.open("toy.toml").drafter("eagle")
+    assert made == ["train target", "load target", "train eagle", "load eagle"]
+    out = capsys.readouterr().out
+    assert "target: training again, for the profile changed (seed)" in out
+    assert "eagle: training again, for the profile changed (seed, target)" in out
+    made.clear()
+    change(
+        toy,
+        "train = { steps = 3 }",
+        "train = { steps = 3, log_every = 1, compile = true }\n[data]\nmax_prompt_tokens = 9",
+    )
+    Study.open("toy.toml").drafter("eagle")
+    assert made == ["load target", "load eagle"]  # none of these changes weights
+
+
+def test_shipped_checkpoints_are_used_as_they_are(toy, made, monkeypatch):
+    """Another Python, corpus or machine trains nothing again; nor does another output folder."""
+    Study.open("toy.toml").drafter("eagle-ps")
+    shutil.rmtree(Study.open("toy.toml").cache, ignore_errors=True)
+    made.clear()
+    (toy / "constraints.txt").write_text("other==2\n")
+    monkeypatch.setattr(sys, "version", "4.0")
+    monkeypatch.setattr(manifest, "machine", lambda: {"gpu": "another"})
+    study = Study.open("toy.toml", output=toy / "elsewhere")
+    study.drafter("eagle-ps")
+    assert made == ["load target", "load eagle-ps"]
+    assert study.checkpoint("target") == toy / "results" / "toy" / "checkpoints" / "target"
+    Study.open("toy.toml", output=toy / "elsewhere", fresh=["eagle"]).drafter("eagle")
+    assert (toy / "elsewhere" / "results" / "toy" / "checkpoints" / "eagle").is_dir()
+    assert "train eagle" in made
+
+
+@pytest.mark.parametrize("damage", ["bytes", "stage.json", "no stage.json", "gone"])
+def test_damaged_checkpoint_is_an_error_not_a_retraining(toy, made, damage):
+    study = Study.open("toy.toml")
+    study.target()
+    folder = study.checkpoint("target")
+    if damage == "bytes":
+        data = bytearray((folder / "model.safetensors").read_bytes())
+        data[-1] ^= 1
+        (folder / "model.safetensors").write_bytes(data)
+    elif damage == "gone":
+        (folder / "model.safetensors").unlink()
+    elif damage == "stage.json":
+        (folder / "stage.json").write_text("{")
+    else:
+        (folder / "stage.json").unlink()
+    made.clear()
+    with pytest.raises(UserError) as error:
+        Study.open("toy.toml").target()
+    assert "damaged" in str(error.value)
+    assert "git checkout -- results/toy/checkpoints/target" in str(error.value)
+    assert "--only target --fresh" in str(error.value)
+    assert made == []
+    Study.open("toy.toml", fresh=["target"]).target()  # the cure
+    Study.open("toy.toml").target()
+    assert made == ["train target", "load target", "load target"]
+
+
+def test_loading_errors_name_file_and_cure(toy, made, monkeypatch):
+    def broken(path, dtype, device):
+        raise RuntimeError("size mismatch for w\nlong explanation")
+
+    monkeypatch.setattr(target, "load", broken)
+    with pytest.raises(UserError, match=r"checkpoints/target does not load \(size mismatch for w\): .*--only target"):
+        Study.open("toy.toml").target()
+
+
+def test_seal_declares_weights_that_came_otherwise(toy, made):
+    folder = toy / "results" / "toy" / "checkpoints" / "target"
+    folder.mkdir(parents=True)
+    weights(folder, 1)
+    study = Study.open("toy.toml")
+    with pytest.raises(UserError, match="missing or damaged"):
+        study.target()
+    study.seal("target", seconds=60)
+    study.target()
+    assert made == ["load target"]
+
+
+def numbers(calls, value=1 / 3):
+    def make():
+        calls.append("measured")
+        return pd.DataFrame(
+            {"method": ["plain", "eagle"], "k": [0, 4], "value": [value, float("nan")], "note": ["", "NA"]}
+        )
+
+    return make
+
+
+def test_table_is_measured_once(toy, made, capsys):
+    calls = []
+    first = Study.open("toy.toml").table("times", {"ks": [1, 2]}, numbers(calls))
+    second = Study.open("toy.toml").table("times", {"ks": [1, 2]}, numbers(calls))
+    assert calls == ["measured"]
+    pd.testing.assert_frame_equal(first, second)
+    assert list(second.note) == ["", "NA"]
+    assert second.value.isna().tolist() == [False, True]
+    assert "times: reused (20" in capsys.readouterr().out
+    with pytest.raises(TypeError):
+        Study.open("toy.toml").table("times", {"ks": object()}, numbers(calls))
+
+
+def test_table_is_measured_again_when_it_must(toy, made):
+    calls = []
+
+    def measured(ks=(1, 2), **more):
+        calls.clear()
+        Study.open("toy.toml", **more).table("times", {"ks": list(ks)}, numbers(calls))
+        return bool(calls)
+
+    assert measured()
+    assert measured(ks=[1, 3])
+    assert not measured(ks=[1, 3])
+    assert measured(ks=[1, 3], fresh=["times"])
+    Study.open("toy.toml").target()  # weights that were not there then cannot have been used
+    assert not measured(ks=[1, 3])
+    assert measured(ks=[1, 2])
+    change(toy, "title", "seed = 8\ntitle")
+    assert measured()
+    Study.open("toy.toml").target()  # trained anew: other weights
+    assert measured()
+    (toy / "results" / "toy" / "times.csv").write_text("method,k,value,note\n")
+    assert measured()  # somebody changed the file
+    (toy / "constraints.txt").write_text("other==2\n")
+    assert measured()
+    assert not measured()
+
+
+def test_a_clones_numbers_do_not_count_as_measured_here(toy, made):
+    calls = []
+    study = Study.open("toy.toml")
+    study.table("times", {}, numbers(calls))
+    study.summary("03_a", rows("a"))
+    shutil.rmtree(study.cache)  # what git does not carry
+    study = Study.open("toy.toml")
+    study.table("times", {}, numbers(calls))
+    assert calls == ["measured", "measured"]
+    study.summary("04_b", rows("b"))
+    assert set(pd.read_csv(study.results / "summary.csv").stage) == {"04_b"}  # one machine, one summary
+
+
+def rows(method):
+    return pd.DataFrame([{**dict.fromkeys(COLUMNS, ""), "method": method, "value": 1.5}])[list(COLUMNS)]
+
+
+def test_summary_replaces_a_stages_rows(toy, made):
+    study = Study.open("toy.toml")
+    study.summary("04_speedup", rows("eagle"))
+    study.summary("03_draft_length", rows("medusa"))
+    study.summary("04_speedup", pd.concat([rows("eagle-ps"), rows("plain")]))
+    found = pd.read_csv(study.results / "summary.csv")
+    assert list(found.columns) == list(COLUMNS)
+    assert list(zip(found.stage, found.method, strict=True)) == [
+        ("03_draft_length", "medusa"),
+        ("04_speedup", "eagle-ps"),
+        ("04_speedup", "plain"),
+    ]
+    with pytest.raises(UserError, match="columns missing or surplus: colour, unit"):
+        study.summary("04_speedup", rows("x").drop(columns="unit").assign(colour=1))
+
+
+KILLED = """
+    import os, signal, sys
+    sys.path[:0] = [{root!r}, {tests!r}]
+    from pathlib import Path
+    from psnb import manifest
+    from psnb.study import Study
+    study = Study.open("toy.toml")
+    def make(folder):
+        (folder / "half").write_text("half")
+        if sys.argv[1] == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        (folder / "half").write_text("whole")
+        return {{"rows": 3}}
+    study._data("first", [1], lambda folder: (folder / "x").write_text("1") and {{}})
+    print((study._data("second", [2], make) / "half").read_text())
+"""
+
+
+def test_killed_mid_stage_then_resumed_gives_the_same(toy):
+    script = textwrap.dedent(KILLED).format(root=str(ROOT), tests=str(ROOT / "tests"))
+
+    def go(how):
+        return subprocess.run([sys.executable, "-c", script, how], capture_output=True, text=True)
+
+    killed = go("die")
+    assert killed.returncode == -9
+    cache = toy / "results" / "toy" / ".cache"
+    assert not (cache / "second").exists()
+    resumed = go("live")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "first: reused" in resumed.stdout
+    assert "second: done" in resumed.stdout
+    assert resumed.stdout.endswith("whole\n")
+    assert sorted(p.name for p in cache.iterdir()) == ["first", "second"]  # nothing half-made is left
+    facts = json.loads((cache / "second" / "stage.json").read_text())
+    shutil.rmtree(cache)
+    go("live")
+    once = json.loads((cache / "second" / "stage.json").read_text())
+    assert {k: once[k] for k in ("key", "rows")} == {k: facts[k] for k in ("key", "rows")}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_disk_trouble_loses_nothing_finished(toy, made, monkeypatch, number):
+    Study.open("toy.toml").target()
+
+    def refuse(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(manifest.os, "replace", refuse)
+    with pytest.raises(manifest.DiskError, match="checkpoints/eagle: .*what was finished is kept"):
+        Study.open("toy.toml").drafter("eagle")
+    monkeypatch.undo()
+    left = sorted(p.name for p in (toy / "results" / "toy" / "checkpoints").iterdir())
+    assert left == ["target"]
+
+
+def test_interrupted_training_leaves_nothing(toy, made, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(target, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Study.open("toy.toml").target()
+    assert list((toy / "results" / "toy" / "checkpoints").iterdir()) == []
+
+
+def test_prompts_of_another_version_are_a_warning(toy, monkeypatch):
+    study = Study.open("toy.toml")
+    manifest.write_json(study.cache / "prompts" / "stage.json", {"sha256": "a" * 64, "at": "", "seconds": 0, "key": ""})
+    assert study.facts()["warnings"] == []  # the profile names no sha256
+    change(toy, "[target]", '[data]\nprompts_sha256 = "b"\n[target]')
+    facts = Study.open("toy.toml").facts()
+    assert "the prompts differ from the profile's (sha256 aaaaaaaaaaaa, not b)" in facts["warnings"][0]
+    assert facts["prompts_sha256"] == {"expected": "b", "got": "a" * 64}
+
+
+def test_where_things_go(toy, monkeypatch):
+    (toy / "notebooks" / "deep").mkdir()
+    monkeypatch.chdir(toy / "notebooks" / "deep")
+    study = Study.open(profile.load("smoke"))
+    assert (study.root, study.output) == (toy, toy)
+    assert study.results == toy / "results" / "smoke"
+    assert study.figures == toy / "figures" / "smoke"
+    assert Study.open("smoke", "..").output == toy / "notebooks"
+    assert study.device.type == "cpu"
