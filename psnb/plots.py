@@ -1,7 +1,7 @@
 """Figures and coloured text. One function a figure: data frames in, a matplotlib `Figure` out; `save` writes it.
 
-Nothing here changes matplotlib's global state. Methods keep one colour, marker, dash and hatch in every figure, chosen so
-that they can be told apart in greyscale: a parallel drafter is dark and solid, its autoregressive sibling light and dashed.
+Nothing here changes matplotlib's global state. A method keeps its colour, marker, dash and hatch in every figure, so
+chosen that they differ in greyscale too: a parallel drafter is dark and solid, its older sibling light and dashed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from psnb import decode, groups, manifest
+from psnb.decode import Generation
+from psnb.measure import BASELINES
 
 SOLID, DASHED, DOTTED = (), (4, 2), (1, 1.5)
 STYLES: dict[str, tuple[str, str, tuple, str]] = {  # colour, marker, dashes, hatch
@@ -34,9 +36,14 @@ STYLES: dict[str, tuple[str, str, tuple, str]] = {  # colour, marker, dashes, ha
     "eagle": ("#74b9e8", "^", DASHED, ".."),
     "eagle-ps": ("#08519c", "o", SOLID, ""),
 }
-SPARE = [(c, m, SOLID, h) for c, m, h in zip(sns.color_palette("Dark2").as_hex(), "vph*<>d8", ["\\\\", "--", "++", "||"] * 2)]
+SPARE = [("#1b7837", "v", SOLID, "--"), ("#762a83", "p", DASHED, "++"), ("#000000", "h", SOLID, "||")]
 PARTS = {"draft_ms": "draft", "verify_ms": "verify", "commit_ms": "commit", "host_ms": "host"}
-PART_STYLES = {"draft": ("#08519c", ""), "verify": ("#bdd7e7", "//"), "commit": ("#f0b040", "xx"), "host": ("#d9d9d9", "..")}
+PART_STYLES = {
+    "draft": ("#08519c", ""),
+    "verify": ("#bdd7e7", "//"),
+    "commit": ("#f0b040", "xx"),
+    "host": ("#d9d9d9", ".."),
+}
 LABELS = {
     "tokens_per_step": "tokens per target step (own token included)",
     "speedup_vs_plain": "speedup over plain decoding (x)",
@@ -49,11 +56,12 @@ LABELS = {
 # --- helpers --------------------------------------------------------------------------------------------------------
 
 
-def pick(summary: pd.DataFrame, metric: str | Sequence[str], **where: Any) -> pd.DataFrame:
-    """Rows of a summary (DESIGN 7's columns) with that metric, or those, and with `column=value` for each of `where`."""
-    keep = summary.metric.isin([metric] if isinstance(metric, str) else list(metric))
+def pick(summary: pd.DataFrame, metric: str | Sequence[str] | None = None, **where: Any) -> pd.DataFrame:
+    """Rows of a summary (DESIGN 7's columns) with that metric (or those) and `column=value` for each of `where`."""
+    where |= {} if metric is None else {"metric": [metric] if isinstance(metric, str) else list(metric)}
+    keep = pd.Series(True, summary.index)
     for column, value in where.items():
-        keep &= summary[column].isin(value) if isinstance(value, list | tuple | set) else summary[column] == value
+        keep &= summary[column].isin(value) if isinstance(value, list | tuple) else summary[column] == value
     return summary[keep]
 
 
@@ -63,8 +71,14 @@ def by_slot(summary: pd.DataFrame, metric: str, **where: Any) -> pd.DataFrame:
     return rows.assign(slot=rows.metric.str.rsplit("_", n=1).str[-1].astype(int)).sort_values("slot", kind="stable")
 
 
+def with_k(summary: pd.DataFrame) -> pd.DataFrame:
+    """The summary with an integer k, 0 for the baselines, whether it comes from memory or from a file."""
+    return summary.assign(k=pd.to_numeric(summary.k).fillna(0).astype(int))
+
+
 def at_best_k(summary: pd.DataFrame) -> pd.DataFrame:
     """Of every method the rows of one draft length: the one with the highest mean speedup over plain decoding."""
+    summary = with_k(summary)
     speed = pick(summary, "speedup_vs_plain", task="all").groupby(["method", "k"]).value.mean()
     best = {method: part.idxmax()[1] for method, part in speed.groupby("method")}
     return summary[summary.k == summary.method.map(best).fillna(summary.k)]
@@ -91,7 +105,9 @@ def _themed(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     return wrapper
 
 
-def _axes(columns: int = 1, width: float = 5.0, height: float = 3.6, rows: int = 1, **kwargs: Any) -> tuple[Figure, np.ndarray]:
+def _axes(
+    columns: int = 1, width: float = 5.0, height: float = 3.6, rows: int = 1, **kwargs: Any
+) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
@@ -113,8 +129,10 @@ def _bars(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
     """Grouped bars by method with their 95 % intervals (columns low and high)."""
     styles, places = _style(order(frame.method)), list(dict.fromkeys(frame[x]))
     palette = {m: s[0] for m, s in styles.items()}
-    sns.barplot(frame, x=x, y=y, hue="method", order=places, hue_order=list(styles), palette=palette, errorbar=None, ax=ax)
-    for i, (container, (method, style)) in enumerate(zip(ax.containers, styles.items())):
+    sns.barplot(
+        frame, x=x, y=y, hue="method", order=places, hue_order=list(styles), palette=palette, errorbar=None, ax=ax
+    )
+    for i, (container, (method, style)) in enumerate(zip(ax.containers, styles.items(), strict=False)):
         for bar in container:
             bar.set(hatch=style[3], edgecolor="white", linewidth=0)
         part = frame[frame.method == method].set_index(x).reindex(places)
@@ -134,7 +152,8 @@ def save(figure: Figure, folder: Path, name: str, caption: str) -> Image:
 
     The caption states units, sample size and profile. Raises UserError where the folder cannot be written.
     """
-    figure.text(0.01, -0.02, textwrap.fill(caption, int(15 * figure.get_figwidth())), va="top", fontsize=8.5, color="#333333")
+    text = textwrap.fill(caption, int(15 * figure.get_figwidth()))
+    figure.text(0.01, -0.02, text, va="top", fontsize=8.5, color="#333333")
     pictures = {}
     for kind in ("png", "svg"):
         buffer = io.BytesIO()
@@ -142,7 +161,8 @@ def save(figure: Figure, folder: Path, name: str, caption: str) -> Image:
             meta = {"Date": None} if kind == "svg" else None
             figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=meta)
         pictures[kind] = buffer.getvalue()
-        manifest.write_bytes(Path(folder) / f"{name}.{kind}", pictures[kind])
+        with manifest._replacing(Path(folder) / f"{name}.{kind}") as temporary:
+            temporary.write_bytes(pictures[kind])
     width = int.from_bytes(pictures["png"][16:20])  # of the PNG header, in pixels
     return Image(pictures["png"], width=width * 2 // 3, alt=caption)
 
@@ -171,15 +191,15 @@ def packed(documents: np.ndarray, row: int = 0) -> Figure:
 
 
 @_themed
-def training_curves(training: pd.DataFrame, metrics: Sequence[str] = ("loss",), log: bool = False) -> Figure:
+def training_curves(training: pd.DataFrame, metrics: Sequence[str] = ("loss",)) -> Figure:
     """One panel a stage: the metrics against tokens seen. `training` has columns stage, step, tokens, metric, value."""
     stages = [s for s, part in training.groupby("stage", sort=False) if part.metric.isin(metrics).any()]
     figure, axes = _axes(len(stages) or 1, width=max(3.2, 9 / max(len(stages), 1)), height=3.4)
-    for ax, stage in zip(axes[0], stages):
+    for ax, stage in zip(axes[0], stages, strict=False):
         part = training[(training.stage == stage) & training.metric.isin(metrics)]
         part = part.assign(millions=part.tokens / 1e6)
         shown = [m for m in metrics if (part.metric == m).any()]
-        palette = dict(zip(shown, sns.color_palette("viridis", len(shown) + 1)))
+        palette = dict(zip(shown, sns.color_palette("viridis", len(shown) + 1), strict=False))
         sns.lineplot(
             part, x="millions", y="value", hue="metric", style="metric", hue_order=shown, style_order=shown,
             palette=palette, errorbar=None, ax=ax,
@@ -187,7 +207,7 @@ def training_curves(training: pd.DataFrame, metrics: Sequence[str] = ("loss",), 
         rare = part[part.groupby("metric").metric.transform("size") < 20]
         ax.scatter(rare.millions, rare.value, color=rare.metric.map(palette).tolist(), s=25)
         ax.legend(title="")
-        ax.set(title=stage, xlabel="tokens seen (millions)", ylabel="nats" if ax is axes[0, 0] else "", yscale="log" if log else "linear")
+        ax.set(title=stage, xlabel="tokens seen (millions)", ylabel="nats" if ax is axes[0, 0] else "")
     return figure
 
 
@@ -197,22 +217,23 @@ def slot_curves(training: pd.DataFrame) -> Figure:
     slots = by_slot(training, "accept_cond")
     stages = list(dict.fromkeys(slots.stage))
     figure, axes = _axes(len(stages) or 1, width=max(2.6, 10 / max(len(stages), 1)), height=3.4, sharey=True)
-    for ax, stage in zip(axes[0], stages):
+    for ax, stage in zip(axes[0], stages, strict=False):
         part = slots[slots.stage == stage]
         count = int(part.slot.max()) + 1
         sns.lineplot(
-            part.assign(millions=part.tokens / 1e6), x="millions", y="value", hue="slot", palette=sns.color_palette("viridis_r", count + 1)[1:],
-            errorbar=None, ax=ax, legend=False,
+            part.assign(millions=part.tokens / 1e6), x="millions", y="value", hue="slot", errorbar=None, legend=False,
+            palette=sns.color_palette("viridis_r", count + 1)[1:], ax=ax,
         )  # fmt: skip
         for slot, line in part.groupby("slot"):
-            ax.annotate(str(slot), (line.tokens.iloc[-1] / 1e6, line.value.iloc[-1]), (4, -3), textcoords="offset points", fontsize=8)
+            end = (line.tokens.iloc[-1] / 1e6, line.value.iloc[-1])
+            ax.annotate(str(slot), end, (4, -3), textcoords="offset points", fontsize=8)
         ax.set(title=stage, xlabel="tokens seen (millions)", ylabel=LABELS["accept_cond"], ylim=(0, 1))
     return figure
 
 
 @_themed
 def group_mask(n: int, k: int) -> Figure:
-    """The attention mask of group-wise training for n anchors and k slots, drawn from `groups`, with rows' positions."""
+    """The attention mask of group-wise training for n anchors and k slots, as `groups` has it, with position ids."""
     rows = groups.layout(n, k - 1)
     sees = groups.mask(*rows, torch.zeros(1, n, dtype=torch.long))[0, 0].numpy()
     depth, anchor = (part.numpy() for part in rows)
@@ -228,10 +249,13 @@ def group_mask(n: int, k: int) -> Figure:
     for edge in range(n, size, n):
         ax.axhline(edge - 0.5, color="black", lw=1.2)
         ax.axvline(edge - 0.5, color="black", lw=1.2)
-    names = [f"({d},{t})" for d, t in zip(depth, anchor)]
+    names = [f"({d},{t})" for d, t in zip(depth, anchor, strict=False)]
     ax.set_xticks(range(size), names, rotation=90, fontsize=8)
-    ax.set_yticks(range(size), [f"{name}  pos {d + t}" for name, d, t in zip(names, depth, anchor)], fontsize=8)
-    ax.set(title=f"n = {n} anchors, k = {k} slots\nlight: a real token, dark: a mask of its own group", xlabel="key row (depth, anchor)", ylabel="query row, position id")
+    ax.set_yticks(
+        range(size), [f"{name}  pos {d + t}" for name, d, t in zip(names, depth, anchor, strict=False)], fontsize=8
+    )
+    title = f"n = {n} anchors, k = {k} slots\nlight: a real token, dark: a mask of its own group"
+    ax.set(title=title, xlabel="key row (depth, anchor)", ylabel="query row, position id")
     ax.grid(False)
     return figure
 
@@ -260,7 +284,7 @@ def draft_time(times: pd.DataFrame) -> Figure:
 def acceptance(summary: pd.DataFrame, **where: Any) -> Figure:
     """Acceptance by slot, conditional and cumulative. `where` selects rows, for example task="all", temperature=0.7."""
     figure, axes = _axes(2, width=4.6)
-    for ax, metric in zip(axes[0], ("accept_cond", "accept_uncond")):
+    for ax, metric in zip(axes[0], ("accept_cond", "accept_uncond"), strict=False):
         _lines(ax, by_slot(summary, metric, **where), "slot", "value")
         ax.set(xlabel="slot i", ylabel=LABELS[metric], ylim=(0, 1))
         ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
@@ -269,17 +293,17 @@ def acceptance(summary: pd.DataFrame, **where: Any) -> Figure:
 
 @_themed
 def against_k(summary: pd.DataFrame, model: pd.DataFrame | None = None, **where: Any) -> Figure:
-    """tokens_per_step and speedup against k with intervals; `model` (method, k, predicted) is drawn as thin lines."""
+    """tokens_per_step and speedup against k with intervals; `model` (method, k, predicted) is drawn as broad lines."""
     figure, axes = _axes(2, width=4.6)
-    for ax, metric in zip(axes[0], ("tokens_per_step", "speedup_vs_plain")):
-        rows = pick(summary, metric, **where)
-        rows = rows[rows.k > 0]
+    for ax, metric in zip(axes[0], ("tokens_per_step", "speedup_vs_plain"), strict=False):
+        rows = with_k(pick(summary, metric, **where)).query("k > 0")
         _lines(ax, rows, "k", "value")
         ax.set(xlabel="draft length k", ylabel=LABELS[metric])
         ax.axhline(1, color="#4d4d4d", lw=1, ls=":")
         if metric == "speedup_vs_plain" and model is not None:
             for method, part in model.groupby("method"):
-                ax.plot(part.k, part.predicted, color=_style([method])[method][0], lw=4, alpha=0.3, label=f"{method}: model")
+                colour = _style([method])[method][0]
+                ax.plot(part.k, part.predicted, color=colour, lw=4, alpha=0.3, label=f"{method}: model")
         ax.legend(title="")
     return figure
 
@@ -301,10 +325,10 @@ def speedups(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
 def per_task(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
     """One panel a temperature: a bar a method (at its best k) and task family."""
     rows = pick(at_best_k(summary), metric)
-    rows = rows[(rows.task != "all") & ~rows.method.isin(["plain", "hf_generate"])]
+    rows = rows[(rows.task != "all") & ~rows.method.isin(BASELINES)]
     temperatures = sorted(rows.temperature.unique())
     figure, axes = _axes(1, rows=len(temperatures) or 1, width=9, height=2.5, sharex=True, sharey=True)
-    for ax, temperature in zip(axes[:, 0], temperatures):
+    for ax, temperature in zip(axes[:, 0], temperatures, strict=False):
         _bars(ax, rows[rows.temperature == temperature].sort_values("task"), "task", "value")
         ax.axhline(1, color="black", lw=1)
         ax.set(title=f"T = {temperature:g}", ylabel="")
@@ -318,6 +342,7 @@ def per_task(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
 @_themed
 def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
     """What one round costs, in milliseconds by part, and how many tokens it yields; one bar a method."""
+    summary = with_k(summary)
     rows = pick(summary, list(PARTS), task="all", temperature=temperature)
     table = rows.assign(part=rows.metric.map(PARTS)).pivot_table(index=["method", "k"], columns="part", values="value")
     table = table.reindex(columns=[p for p in PARTS.values() if p in table]).fillna(0.0)
@@ -325,12 +350,12 @@ def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
     tokens = pick(summary, "tokens_per_step", task="all", temperature=temperature).set_index(["method", "k"]).value
     figure, axes = _axes(1, width=8, height=0.45 * len(table) + 1.3)
     ax, left = axes[0, 0], np.zeros(len(table))
-    names = [m if m in ("plain", "hf_generate") else f"{m}, k = {k:g}" for m, k in table.index]
+    names = [m if m in BASELINES else f"{m}, k = {k}" for m, k in table.index]
     for part in table:
         colour, hatch = PART_STYLES[part]
         ax.barh(names, table[part], left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=part)
         left += table[part].to_numpy()
-    for y, (index, total) in enumerate(zip(table.index, left)):
+    for y, (index, total) in enumerate(zip(table.index, left, strict=False)):
         if total:
             each = tokens.get(index, 1.0)
             ax.text(total, y, f"  {each:.2f} tokens: {total / each:.2f} ms a token", va="center", fontsize=8)
@@ -378,27 +403,32 @@ def _ink(background: str) -> str:
     return "#ffffff" if 0.3 * red + 0.59 * green + 0.11 * blue < 0.5 else "#000000"
 
 
+def _block(text: str, note: str) -> HTML:
+    return HTML(f'<div style="{PRE}">{text}</div><small>{note}</small>')
+
+
 def tokens_html(text: str, tokenizer: Any) -> HTML:
     """A text with a border around every token; the token's id is its tooltip."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    spans = (_span(piece, border="#888888", title=f"id {i}") for i, piece in zip(ids, _pieces(tokenizer, ids)))
-    return HTML(f'<div style="{PRE}">{"".join(spans)}</div><small>{len(ids)} tokens, {len(text.encode())} bytes</small>')
+    spans = (
+        _span(piece, border="#888888", title=f"id {i}") for i, piece in zip(ids, _pieces(tokenizer, ids), strict=False)
+    )
+    return _block("".join(spans), f"{len(ids)} tokens, {len(text.encode())} bytes")
 
 
 def loss_mask_html(ids: Sequence[int], mask: Sequence[int], tokenizer: Any) -> HTML:
     """A dialogue in which the tokens that the loss counts are coloured, the others plain."""
     spans = (
         _span(piece, "#fdd49e", f"id {i}: counted") if counted else _span(piece)
-        for i, counted, piece in zip(ids, mask, _pieces(tokenizer, ids))
+        for i, counted, piece in zip(ids, mask, _pieces(tokenizer, ids), strict=False)
     )
-    return HTML(f'<div style="{PRE}">{"".join(spans)}</div><small>{sum(map(bool, mask))} of {len(ids)} tokens are counted</small>')
+    return _block("".join(spans), f"{sum(map(bool, mask))} of {len(ids)} tokens are counted")
 
 
-def coloured(generation: Any, tokenizer: Any) -> HTML:
+def coloured(generation: Generation, tokenizer: Any) -> HTML:
     """The prompt in grey, then every accepted draft token in its slot's colour; the target's own tokens stay plain.
 
-    `generation` is a `decode.Generation`: tokens (new ids) and rounds, each with start (index into tokens), drafted (ids)
-    and accepted (how many of them). A token's tooltip names its round and slot.
+    A token's tooltip names its round and slot.
     """
     slots = max([len(r.drafted) for r in generation.rounds] or [0])
     colours, pieces = slot_colours(slots), _pieces(tokenizer, generation.tokens)
@@ -413,23 +443,24 @@ def coloured(generation: Any, tokenizer: Any) -> HTML:
     ]
     legend = " ".join(_span(f" slot {i}: {n} ", colours[i]) for i, n in enumerate(counts))
     prompt = html.escape(tokenizer.decode(generation.prompt))
-    return HTML(
-        f'<div style="{PRE}"><span style="color:#888888">{prompt}</span>{"".join(spans)}</div>'
-        f"<small>accepted draft tokens: {legend} &nbsp; the target's own: {len(pieces) - sum(counts)}. "
-        f"{len(pieces)} tokens in {len(generation.rounds)} rounds, {generation.tokens_per_step:.2f} tokens per step</small>"
+    note = (
+        f"accepted draft tokens: {legend} &nbsp; the target's own: {len(pieces) - sum(counts)}. {len(pieces)} tokens "
+        f"in {len(generation.rounds)} rounds, {generation.tokens_per_step:.2f} tokens per step"
     )
+    return _block(f'<span style="color:#888888">{prompt}</span>{"".join(spans)}', note)
 
 
 # --- explorer -------------------------------------------------------------------------------------------------------
 
 
-def explore(target: Any, drafter: Any, name: str, prompt: str, k: int, temperature: float, max_new_tokens: int = 64) -> HTML:
+def explore(target: Any, drafter: Any, name: str, prompt: str, k: int, temperature: float, length: int = 64) -> HTML:
     """Generate from a prompt and show the coloured text with its time."""
     ids = target.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    settings = decode.Settings(k=k, temperature=temperature, max_new_tokens=max_new_tokens)
+    settings = decode.Settings(k=k, temperature=temperature, max_new_tokens=length)
     result = decode.speculative(target, drafter, ids, settings)
-    seconds = result.seconds["decode"]
-    note = f"{name}, k = {k}, T = {temperature:g}: {seconds:.2f} s, {len(result.tokens) / seconds:.0f} tokens a second"
+    seconds = result.decode_seconds
+    speed = (len(result.tokens) - 1) / seconds if seconds else 0.0  # the first token belongs to the prefill
+    note = f"{name}, k = {k}, T = {temperature:g}: {1e3 * seconds:.0f} ms, {speed:.0f} tokens a second"
     return HTML(coloured(result, target.tokenizer).data + f"<br><small>{note}</small>")
 
 
@@ -450,7 +481,8 @@ def explorer(target: Any, drafters: dict[str, Any], prompt: str, k: int = 5, tem
         button.disabled = True
         try:
             drafter = drafters[which.value]
-            shown.value = explore(target, drafter, which.value, text.value, min(length.value, drafter.k), heat.value).data
+            k = min(length.value, drafter.k)
+            shown.value = explore(target, drafter, which.value, text.value, k, heat.value).data
         except Exception as error:  # shown where the reader looks; the widget stays usable
             shown.value = f"<b>{html.escape(str(error))}</b>"
         finally:

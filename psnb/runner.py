@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -217,12 +216,9 @@ def run(
         report(study) if only == "report" else study.make(only)
         study.manifest.update(**study.facts())
         return study.results
-    name = str(Path(profile).resolve()) if str(profile).endswith(".toml") else study.profile.name
-    study.manifest.start(
-        profile=study.profile.name, title=study.profile.title, command=_command(study, only, fresh, given),
-        seed=study.profile.seed, revision=manifest.revision(study.root), machine=manifest.machine(),
-        dtype=study.profile.dtype, device=str(study.device), settings=dataclasses.asdict(study.profile),
-    )  # fmt: skip
+    is_file = isinstance(profile, str) and profile.endswith(".toml")  # a notebook's working directory is `output`
+    name = os.path.relpath(profile, study.output) if is_file else study.profile.name
+    study.manifest.start(**study.about(), command=_command(study, only, fresh, given))
     if fresh:
         _forget(study, only)
     try:
@@ -300,7 +296,7 @@ def status(study: Study) -> pd.DataFrame:
 
 
 def _took(seconds: float) -> str:
-    return f"took {seconds / 60:.1f} min"
+    return f"took {seconds:.0f} s" if seconds < 100 else f"took {seconds / 60:.1f} min"
 
 
 def _weights_status(study: Study, name: str) -> tuple[str, str]:

@@ -208,13 +208,11 @@ class Study:
 
     def done(self, stage: str, key: str, artefact: Path, began: float, **facts: Any) -> dict[str, Any]:
         """Writes the record of a table or notebook that was made since `began` (time.monotonic)."""
-        if "machine" not in self._loaded:
-            self._loaded["machine"] = manifest.machine_name(manifest.machine())
         record = {
             "key": key,
             "at": manifest.now(),
             "seconds": round(time.monotonic() - began, 2),
-            "machine": self._loaded["machine"],
+            "machine": manifest.machine_name(self.about()["machine"]),
             "inputs": self._inputs(),
             "sha256": manifest.sha256_file(artefact),
             **facts,
@@ -310,7 +308,7 @@ class Study:
             self.corpus()
             depends = [self.made("corpus")["sha256"]["train"], spec.source, spec.vocab_size]
             path = str(self._data("tokenizer", depends, self._train_tokenizer))
-        return AutoTokenizer.from_pretrained(path)
+        return self._load("target", lambda: AutoTokenizer.from_pretrained(path))
 
     def _train_tokenizer(self, folder: Path) -> dict[str, Any]:
         from psnb import data
@@ -332,44 +330,54 @@ class Study:
 
         return DatasetDict({split: self._tokens(split) for split in SPLITS})
 
-    def _tokens(self, split: str) -> Dataset:
+    def _some(self, split: str, documents: int) -> str:
+        """The name of a split, or of a sample of it."""
+        return f"{split}-{documents}" if documents else split
+
+    def _tokens(self, split: str, documents: int = 0) -> Dataset:
         from datasets import concatenate_datasets, load_from_disk
 
         from psnb import data
 
-        documents, tokenizer = self.corpus()[split], self.tokenizer()
+        texts, tokenizer, name = self.corpus()[split], self.tokenizer(), self._some(split, documents)
         tokenize = data.tokenize if self.profile.data.source == "code" else data.tokenize_chat
 
         def make(folder: Path) -> dict[str, Any]:
-            shards = min(20, len(documents))
+            order = np.random.default_rng(self.profile.seed).permutation(len(texts))
+            some = texts.select(sorted(order[:documents])) if documents else texts
+            shards = min(20, len(some))
             parts = [
-                tokenize(documents.shard(shards, i, contiguous=True), tokenizer)
-                for i in manifest.progress(range(shards), label=f"tokens of {split}, part")
+                tokenize(some.shard(shards, i, contiguous=True), tokenizer)
+                for i in manifest.progress(range(shards), label=f"tokens of {name}, part")
             ]
-            concatenate_datasets(parts).save_to_disk(folder)
-            documents.cleanup_cache_files()
-            return {}
+            tokens = concatenate_datasets(parts)
+            tokens.save_to_disk(folder)
+            texts.cleanup_cache_files()
+            return {"documents": len(tokens)}
 
-        depends = [self.made("corpus")["sha256"][split], self._tokenizer_id(tokenizer)]
-        return load_from_disk(self._data(f"tokens-{split}", depends, make))
+        depends = [self.made("corpus")["sha256"][split], documents, self._tokenizer_id(tokenizer)]
+        return load_from_disk(self._data(f"tokens-{name}", depends, make))
 
     def _tokenizer_id(self, tokenizer: PreTrainedTokenizerBase) -> str:
         return digest([tokenizer.get_vocab(), tokenizer.chat_template])
 
-    def rows(self, split: str) -> Dataset:
-        """Packed training rows of `data.length` tokens of a split (`train` or `held_out`)."""
+    def rows(self, split: str, documents: int = 0) -> Dataset:
+        """Packed training rows of `data.length` tokens of a split (`train` or `held_out`).
+
+        With `documents` of a fixed sample of so many documents: for demonstrations that need not tokenise everything.
+        """
         from datasets import load_from_disk
 
         from psnb import data
 
-        tokens, length = self._tokens(split), self.profile.data.length
+        tokens, length, name = self._tokens(split, documents), self.profile.data.length, self._some(split, documents)
 
         def make(folder: Path) -> dict[str, Any]:
             rows = data.pack(tokens, length)
             rows.save_to_disk(folder)
             return {"rows": len(rows), "tokens": len(rows) * length}
 
-        return load_from_disk(self._data(f"rows-{split}", [self.made(f"tokens-{split}")["key"], length], make))
+        return load_from_disk(self._data(f"rows-{name}", [self.made(f"tokens-{name}")["key"], length], make))
 
     def prompts(self) -> Dataset:
         """The evaluation prompts (data.code_prompts).
@@ -485,14 +493,14 @@ class Study:
 
     def _seal(self, folder: Path, name: str) -> dict[str, Any]:
         """What stage.json says of weights beside key, time and seconds."""
-        facts = manifest.machine()
+        machine = self.about()["machine"]
         return {
             "spec": self._spec(name),
             "weights": _weights(folder),
-            "revision": manifest.revision(self.root),
-            "machine": manifest.machine_name(facts),
-            "python": facts["python"],
-            "versions": facts["versions"],
+            "revision": self.about()["revision"],
+            "machine": manifest.machine_name(machine),
+            "python": machine["python"],
+            "versions": machine["versions"],
             "corpus": self.made("corpus").get("sha256", {}),
         }
 
@@ -618,9 +626,28 @@ class Study:
         manifest.write_frame(folder / f"{stage}.csv", rows[list(COLUMNS)].assign(stage=stage))
         parts = [pd.read_csv(p, dtype=str, keep_default_na=False) for p in sorted(folder.glob("*.csv"))]
         manifest.write_frame(self.results / "summary.csv", pd.concat(parts, ignore_index=True))
+        told = self.manifest.read().get("machine", {})
+        if any(told.get(name) != value for name, value in self.about()["machine"].items() if name in ("cpu", "gpu")):
+            self.manifest.start(**self.about(), command="a notebook on its own")  # a clone's manifest told of another
+            self.manifest.finish("partial")
         self.manifest.update(**self.facts())
 
     # --- what is there --------------------------------------------------------------------------------------------
+
+    def about(self) -> dict[str, Any]:
+        """What the manifest says first: the profile, the sources and the machine."""
+        if "about" not in self._loaded:
+            self._loaded["about"] = {
+                "profile": self.profile.name,
+                "title": self.profile.title,
+                "seed": self.profile.seed,
+                "dtype": self.profile.dtype,
+                "device": str(self.device),
+                "revision": manifest.revision(self.root),
+                "machine": manifest.machine(),
+                "settings": dataclasses.asdict(self.profile),
+            }
+        return self._loaded["about"]
 
     def facts(self) -> dict[str, Any]:
         """What the manifest says of stages, data and checkpoints, read from their records."""

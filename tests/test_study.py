@@ -72,9 +72,7 @@ def test_fresh_trains_what_it_names(toy, made):
     study = Study.open("toy.toml", fresh=["eagle-ps"])
     study.drafter("eagle-ps")
     study.drafter("eagle-ps")
-    assert made == ["load target", "train eagle-ps from eagle", "load eagle", "load eagle-ps"][:1] + made[1:]
-    assert made.count("train eagle-ps from eagle") == 1
-    assert "train eagle" not in made
+    assert made == ["load target", "load eagle", "train eagle-ps from eagle", "load eagle-ps"]
 
 
 def change(toy, old, new):
@@ -108,8 +106,9 @@ def test_shipped_checkpoints_are_used_as_they_are(toy, made, monkeypatch):
     shutil.rmtree(Study.open("toy.toml").cache, ignore_errors=True)
     made.clear()
     (toy / "constraints.txt").write_text("other==2\n")
-    monkeypatch.setattr(sys, "version", "4.0")
-    monkeypatch.setattr(manifest, "machine", lambda: {"gpu": "another"})
+    monkeypatch.setattr(sys, "version", "3.99.0 (main, Jan  1 2030, 00:00:00) [GCC 99.0]")
+    here = manifest.machine()
+    monkeypatch.setattr(manifest, "machine", lambda: {**here, "gpu": "another"})
     study = Study.open("toy.toml", output=toy / "elsewhere")
     study.drafter("eagle-ps")
     assert made == ["load target", "load eagle-ps"]
@@ -227,6 +226,11 @@ def test_a_clones_numbers_do_not_count_as_measured_here(toy, made):
     assert calls == ["measured", "measured"]
     study.summary("04_b", rows("b"))
     assert set(pd.read_csv(study.results / "summary.csv").stage) == {"04_b"}  # one machine, one summary
+    found = study.manifest.read()
+    assert (found["status"], found["profile"], found["machine"]["cpu"]) == ("partial", "toy", manifest.machine()["cpu"])
+    study.manifest.update(machine={"cpu": "the maintainers'"}, status="complete")
+    Study.open("toy.toml").summary("04_b", rows("b"))
+    assert study.manifest.read()["machine"]["cpu"] == manifest.machine()["cpu"]
 
 
 def rows(method):
@@ -298,7 +302,7 @@ def test_disk_trouble_loses_nothing_finished(toy, made, monkeypatch, number):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(manifest.os, "replace", refuse)
-    with pytest.raises(manifest.DiskError, match="checkpoints/eagle: .*what was finished is kept"):
+    with pytest.raises(manifest.DiskError, match="checkpoints/.*eagle.*: .*what was finished is kept"):
         Study.open("toy.toml").drafter("eagle")
     monkeypatch.undo()
     left = sorted(p.name for p in (toy / "results" / "toy" / "checkpoints").iterdir())
@@ -323,6 +327,32 @@ def test_prompts_of_another_version_are_a_warning(toy, monkeypatch):
     facts = Study.open("toy.toml").facts()
     assert "the prompts differ from the profile's (sha256 aaaaaaaaaaaa, not b)" in facts["warnings"][0]
     assert facts["prompts_sha256"] == {"expected": "b", "got": "a" * 64}
+
+
+def test_chats_become_rows_with_a_loss_mask(toy):
+    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Quite a few, I would say."}]
+    (toy / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 60)
+    change(toy, "[target]", '[data]\nsource = "chats.jsonl"\nvocab_size = 260\nlength = 64\n[target]')
+    study = Study.open("toy.toml")
+    train = study.rows("train")
+    assert set(train.column_names) == {"input_ids", "document", "loss_mask"}
+    chosen = [i for i, m in zip(train[0]["input_ids"], train[0]["loss_mask"], strict=True) if m]
+    assert study.tokenizer().decode(chosen).startswith("Quite a few, I would say.<|endoftext|>")
+    assert {name: len(split) for name, split in study.corpus().items()} == {"train": 57, "held_out": 3}
+    with pytest.raises(UserError, match="evaluation prompts are cut from code"):
+        study.prompts()
+
+
+def test_code_rows_and_a_sample_of_them(toy):
+    change(toy, "[target]", '[data]\nheld_out = ["six"]\npackages = ["tqdm"]\nvocab_size = 300\nlength = 64\n[target]')
+    (toy / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
+    study = Study.open("toy.toml")
+    assert set(study.corpus()["held_out"]["package"]) == {"six"}
+    assert len(study.rows("train", 3)) < len(study.rows("train"))
+    assert len(pd.read_csv(study.results / "corpus.csv").sha256[0]) == 64
+    change(toy, '"tqdm"', '"tqmd"')
+    with pytest.raises(UserError, match="package 'tqmd' is not in the pinned environment; did you mean tqdm"):
+        Study.open("toy.toml").corpus()
 
 
 def test_where_things_go(toy, monkeypatch):

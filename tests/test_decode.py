@@ -1,0 +1,193 @@
+"""Invariants 4, 5 and 7 for chains: the same tokens as plain decoding, whatever the drafter; bad input refused."""
+
+import pytest
+import torch
+import toys
+from transformers import MistralConfig, Qwen2Config
+
+from psnb import decode, drafters, measure
+from psnb.cache import KVCache
+from psnb.decode import Generation, Settings, Stops
+from psnb.drafters.base import Drafter
+from psnb.errors import UserError
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def naive(target, prompt, settings):
+    """Plain decoding without a cache, noise row by row: slow and obviously right."""
+    from psnb.verify import gumbel
+
+    tokens = list(prompt)
+    for _ in range(settings.max_new_tokens):
+        logits = target.model(input_ids=torch.tensor([tokens])).logits[0, -1]
+        if settings.temperature:
+            noise = gumbel(settings.seed, torch.tensor([len(tokens)]), target.vocab_size, logits.dtype)[0]
+            logits = logits / settings.temperature + noise
+        tokens.append(int(logits.argmax()))
+        if tokens[-1] in settings.stop_tokens:
+            break
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+def test_plain_decoding_equals_the_naive_loop(temperature):
+    target = toys.target(torch.float64)
+    settings = Settings(
+        temperature=temperature, max_new_tokens=40, seed=5, repeat_stop=0, stop_tokens=(toys.VOCAB - 1,)
+    )
+    assert decode.autoregressive(target, PROMPT, settings).tokens == naive(target, PROMPT, settings)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("kind", list(drafters.KINDS))
+def test_every_drafter_gives_the_tokens_of_plain_decoding(kind, temperature):
+    target = toys.target(torch.float64)
+    for k in range(1, toys.K + 1):
+        drafter = toys.drafter(kind, target, seed=k)
+        for seed in range(3):
+            settings = Settings(k=k, temperature=temperature, max_new_tokens=30, seed=seed, repeat_stop=0)
+            prompt = PROMPT[seed:]
+            plain = decode.autoregressive(target, prompt, settings)
+            made = decode.speculative(target, drafter, prompt, settings)
+            assert made.tokens == plain.tokens
+            assert len(made.tokens) == 30
+
+
+class Oracle(Drafter):
+    """Drafts a given continuation: every token right, or right until `wrong_at`."""
+
+    def __init__(self, spec, target, tokens, wrong_at=10**9):
+        super().__init__(spec, target)
+        self.tokens, self.wrong_at, self.at = tokens, wrong_at, 1
+
+    def draft(self, features, next_ids, k, choose, cache):
+        # next_ids holds what was accepted since the last draft: the oracle's place is after it
+        self.at = self.at + next_ids.shape[1] - (self.at == 1)
+        ids = [
+            t if i < self.wrong_at else (t + 1) % toys.VOCAB for i, t in enumerate(self.tokens[self.at : self.at + k])
+        ]
+        return torch.tensor(ids + [0] * (k - len(ids)))
+
+
+@pytest.mark.parametrize("right", [0, 1, 3, 4])
+def test_acceptance_is_counted_exactly(right):
+    target = toys.target(torch.float64)
+    settings = Settings(k=4, temperature=0.7, max_new_tokens=36, seed=1, repeat_stop=0)
+    plain = decode.autoregressive(target, PROMPT, settings)
+    oracle = Oracle(toys.drafter("medusa", target).spec, target, plain.tokens, wrong_at=right)
+    made = decode.speculative(target, oracle, PROMPT, settings)
+    assert made.tokens == plain.tokens
+    whole = made.whole_rounds
+    assert whole and all(r.accepted == right for r in whole)
+    assert made.tokens_per_step == 1 + right
+    assert len(made.rounds) == -(-35 // (1 + right))  # the first of 36 tokens comes from the prefill
+
+
+def test_noise_is_a_function_of_seed_position_and_token():
+    from psnb.verify import Noise, gumbel
+
+    rows = gumbel(7, torch.arange(40), 50)
+    torch.testing.assert_close(gumbel(7, torch.tensor([31, 2]), 50), rows[[31, 2]])
+    noise = Noise(7, 50, torch.float32, torch.device("cpu"))
+    for start, count in ((0, 3), (2, 5), (14, 6), (30, 2), (1, 1)):
+        torch.testing.assert_close(noise.rows(start, count), rows[start : start + count])
+    assert not torch.equal(gumbel(8, torch.arange(40), 50), rows)
+    assert not torch.equal(gumbel(7 + (1 << 40), torch.arange(40), 50), rows)
+
+
+def test_noise_has_gumbel_moments_and_no_correlation():
+    from psnb.verify import gumbel
+
+    rows = gumbel(11, torch.arange(300), 1000, torch.float64)
+    assert rows.mean().item() == pytest.approx(0.57722, abs=0.01)  # Euler's constant; standard error 0.0023
+    assert rows.var().item() == pytest.approx(1.64493, abs=0.03)  # pi^2 / 6
+    assert len(rows.unique()) > 0.999 * rows.numel()
+    centred = (rows - rows.mean()) / rows.std()
+    for shifted in (centred[1:] * centred[:-1], centred[:, 1:] * centred[:, :-1], centred[1:, 1:] * centred[:-1, :-1]):
+        assert abs(shifted.mean().item()) < 0.01
+    other = gumbel(12, torch.arange(300), 1000, torch.float64)
+    assert abs((centred * (other - other.mean())).mean().item()) < 0.01
+
+
+def test_coupled_sampling_follows_the_distribution():
+    """First tokens over many seeds against the softmax: chi-square, 60 degrees of freedom, p > 1e-4."""
+    from psnb.verify import gumbel, perturb
+
+    logits = torch.randn(40, generator=torch.Generator().manual_seed(0)) * 1.5
+    draws = 20_000
+    noise = torch.cat([gumbel(seed, torch.tensor([17]), 40) for seed in range(draws)])
+    counts = torch.bincount(perturb(logits[None], 0.8, noise).argmax(-1), minlength=40)
+    expected = (logits / 0.8).softmax(-1) * draws
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    assert statistic < 81  # the 0.9999 quantile of chi-square with 39 degrees of freedom is 80.9
+
+
+@pytest.mark.parametrize("config", [Qwen2Config, MistralConfig])
+def test_other_architectures_decode_the_same(config):
+    target = toys.target(torch.float64, cls=config)
+    drafter = toys.drafter("eagle-ps", target)
+    settings = Settings(k=3, temperature=0.7, max_new_tokens=24, seed=2, repeat_stop=0)
+    plain = decode.autoregressive(target, PROMPT, settings)
+    assert plain.tokens == naive(target, PROMPT, settings)
+    assert decode.speculative(target, drafter, PROMPT, settings).tokens == plain.tokens
+
+
+def test_stops_cut_every_method_at_the_same_token():
+    target = toys.target(torch.float64)
+    free = decode.autoregressive(target, PROMPT, Settings(temperature=0.7, max_new_tokens=30, repeat_stop=0))
+    stop = free.tokens[11]
+    settings = Settings(k=4, temperature=0.7, max_new_tokens=30, repeat_stop=0, stop_tokens=(stop,))
+    expected = free.tokens[: free.tokens.index(stop) + 1]
+    for kind in drafters.KINDS:
+        made = decode.speculative(target, toys.drafter(kind, target), PROMPT, settings)
+        assert made.tokens == expected and made.stopped == "stop"
+    assert measure.hf_generate(target, PROMPT, Settings(temperature=0, max_new_tokens=9)).tokens == naive(
+        target, PROMPT, Settings(temperature=0, max_new_tokens=9)
+    )
+
+
+def test_the_repetition_stop_fires_after_repeated_8_grams():
+    generation = Generation([1])
+    stops = Stops(generation, Settings(max_new_tokens=100, repeat_stop=4))
+    stops.add(list(range(10)))
+    stops.add(list(range(10)))  # tokens 17.. end an 8-gram seen before
+    assert generation.stopped == "length" and generation.repeated == 3
+    stops.add([0, 1, 2])  # 9 0 and so on are repeats too: the fourth stops
+    assert generation.stopped == "repeat" and len(generation.tokens) == 21
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompt", "message"),
+    [
+        ({"k": 0}, PROMPT, "k = 0"),
+        ({"k": toys.K + 1}, PROMPT, "trained for at most 4"),
+        ({}, [], "prompt is empty"),
+        ({}, [1] * 250, "shorten the prompt"),
+        ({"max_new_tokens": 0}, PROMPT, "at least one token"),
+        ({"temperature": -1.0}, PROMPT, "negative"),
+        ({}, [1, 99], "outside the target's vocabulary"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(changes, prompt, message):
+    target = toys.target()
+    with pytest.raises(UserError, match=message):
+        decode.speculative(target, toys.drafter("eagle-ps", target), prompt, Settings(**{"k": 2, **changes}))
+
+
+def test_a_drafter_of_another_target_is_refused():
+    drafter = toys.drafter("eagle-ps", toys.target())
+    with pytest.raises(UserError, match="another target"):
+        decode.speculative(toys.target(seed=3), drafter, PROMPT, Settings(k=2))
+
+
+def test_the_cache_refuses_to_overflow_and_crops():
+    target = toys.target()
+    cache = KVCache(target.layers, 6)
+    ids = torch.tensor(PROMPT)
+    full = decode._forward(target, ids[:6], cache)
+    cache.crop(3)
+    again = decode._forward(target, ids[3:6], cache)
+    torch.testing.assert_close(again, full[:, 3:], rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="holds 6 tokens"):
+        decode._forward(target, ids[:1], cache)
