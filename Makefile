@@ -7,7 +7,7 @@ PYTHON ?= python3
 PROFILE ?= embedded
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-STRIP := $(BIN)/nbstripout --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill"
+STRIP := $(BIN)/nbstripout --keep-id --extra-keys "metadata.papermill metadata.widgets cell.metadata.papermill"
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1
 
 .PHONY: help reproduce test lint format lab list clean

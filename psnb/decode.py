@@ -29,6 +29,7 @@ class Settings:
 
     k: int = 5
     temperature: float = 0.7
+    sharpen: float = 1.5  # scale of the drafter's logits beside the shared noise; changes acceptance, never the text
     max_new_tokens: int = 64
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
@@ -164,6 +165,15 @@ def _choose(logits: Tensor, start: int, settings: Settings, noise: Noise | None)
     return perturb(logits, settings.temperature, rows).argmax(-1)
 
 
+def _draft_choice(logits: Tensor, start: int, settings: Settings, noise: Noise | None) -> Tensor:
+    """The drafter's guesses at the target's choices, with the noise that the target will use.
+
+    A draft is worth Pr[v is the target's choice | q, G], not q(v). The target's own distribution is sharper than the
+    drafter's estimate of it, so the estimate counts for more beside the noise (`sharpen`; DESIGN section 3).
+    """
+    return _choose(logits * settings.sharpen, start, settings, noise)
+
+
 def _noise(target: Target, settings: Settings) -> Noise | None:
     if settings.temperature == 0:
         return None
@@ -213,7 +223,11 @@ def speculative(target: Target, drafter: Drafter, prompt: Sequence[int], setting
     while not stops.done:
         start = cache.length + 1  # position of slot 0
         drafted = drafter.draft(
-            features, following, k, lambda logits, slot, at=start: _choose(logits, at + slot, settings, noise), own
+            features,
+            following,
+            k,
+            lambda logits, slot, at=start: _draft_choice(logits, at + slot, settings, noise),
+            own,
         )
         clock.lap("draft")
         fed = torch.cat([following[0, -1:], drafted])

@@ -68,18 +68,14 @@ def fit(
     Raises `UserError` when the loss is not finite.
     """
     torch.manual_seed(seed)
-    accelerator = Accelerator(
-        cpu=device.type == "cpu", mixed_precision="bf16" if device.type == "cuda" else "no"
-    )
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if device.type == "cuda" else "no")
     module.to(device).train()
     weights = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in weights if p.ndim >= 2], "weight_decay": spec.weight_decay},
         {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, spec))
     optimizer, schedule = accelerator.prepare(optimizer, schedule)
 

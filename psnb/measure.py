@@ -24,7 +24,21 @@ from psnb.verify import Noise, perturb
 if TYPE_CHECKING:
     from datasets import Dataset
 
-COLUMNS = "stage method tree k nodes task temperature metric value low high n unit".split()
+COLUMNS = [
+    "stage",
+    "method",
+    "tree",
+    "k",
+    "nodes",
+    "task",
+    "temperature",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "n",
+    "unit",
+]
 BASELINES = ("plain", "hf_generate")
 METHODS = (*BASELINES, "medusa", "eagle", "medusa-ps", "eagle-ps")
 TIE = 1e-4  # two best scores closer than this are a numeric tie (DESIGN, invariant 4)
@@ -72,7 +86,9 @@ def hf_generate(target: Target, prompt: Sequence[int], settings: Settings) -> Ge
     return result
 
 
-def generate(target: Target, drafters: dict[str, Drafter], method: str, prompt: Sequence[int], settings: Settings) -> Generation:
+def generate(
+    target: Target, drafters: dict[str, Drafter], method: str, prompt: Sequence[int], settings: Settings
+) -> Generation:
     """One generation by a method's name: plain, hf_generate or a drafter's."""
     if method == "plain":
         return autoregressive(target, prompt, settings)
@@ -191,14 +207,14 @@ def summary(runs: pd.DataFrame, stage: str) -> pd.DataFrame:
                     value, low, high = _interval(values)
                     if np.isfinite(value):
                         rows.append(
-                            dict(stage=stage, method=method, tree="chain" if k else "", k=k or None, nodes=k or None,
-                                 task=task, temperature=temperature, metric=metric, value=value, low=low, high=high, n=n,
-                                 unit=unit)
+                            {"stage": stage, "method": method, "tree": "chain" if k else "", "k": k or None, "nodes": k or None,
+                                 "task": task, "temperature": temperature, "metric": metric, "value": value, "low": low, "high": high, "n": n,
+                                 "unit": unit}
                         )  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def _metrics(part: pd.DataFrame, method: str, k: int, baselines: dict, temperature: float):  # noqa: ANN202
+def _metrics(part: pd.DataFrame, method: str, k: int, baselines: dict, temperature: float):
     """Yield (metric, values [1 + BOOTSTRAP], prompts, unit) of one method's rows."""
 
     def by_prompt(frame: pd.DataFrame, columns: np.ndarray) -> np.ndarray:
@@ -276,8 +292,8 @@ def lossless(runs: pd.DataFrame, target: Target, prompts: Dataset, stage: str) -
         kind = "greedy_mismatches" if temperature == 0 else "coupled_mismatches"
         for metric, value in ((kind, mismatches), ("numeric_ties", ties), ("tokens_compared", compared)):
             rows.append(
-                dict(stage=stage, method=method, tree="chain", k=k, nodes=k, task="all", temperature=temperature,
-                     metric=metric, value=value, n=part["prompt"].nunique(), unit="tokens" if "tokens" in metric else "count")
+                {"stage": stage, "method": method, "tree": "chain", "k": k, "nodes": k, "task": "all", "temperature": temperature,
+                     "metric": metric, "value": value, "n": part["prompt"].nunique(), "unit": "tokens" if "tokens" in metric else "count"}
             )  # fmt: skip
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -331,8 +347,8 @@ def cost_model(rows: pd.DataFrame) -> pd.DataFrame:
         rest = line["commit_ms"] + line["host_ms"]
         step = line["draft_ms"] + line["verify_ms"] + rest
         made.append(
-            dict(method=method, k=int(k), temperature=temperature, tokens_per_step=line["tokens_per_step"],
-                 plain_ms=plain_ms, draft_ms=line["draft_ms"], verify_ms=line["verify_ms"], rest_ms=rest,
-                 measured=line["speedup_vs_plain"], predicted=line["tokens_per_step"] * plain_ms / step)
+            {"method": method, "k": int(k), "temperature": temperature, "tokens_per_step": line["tokens_per_step"],
+                 "plain_ms": plain_ms, "draft_ms": line["draft_ms"], "verify_ms": line["verify_ms"], "rest_ms": rest,
+                 "measured": line["speedup_vs_plain"], "predicted": line["tokens_per_step"] * plain_ms / step}
         )  # fmt: skip
     return pd.DataFrame(made)

@@ -22,6 +22,8 @@ import torch
 from IPython.display import HTML, Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from pandas.io.formats.style import Styler
 
 from psnb import decode, groups, manifest
 from psnb.decode import Generation
@@ -29,7 +31,7 @@ from psnb.measure import BASELINES
 
 SOLID, DASHED, DOTTED = (), (4, 2), (1, 1.5)
 STYLES: dict[str, tuple[str, str, tuple, str]] = {  # colour, marker, dashes, hatch
-    "plain": ("#4d4d4d", "P", DOTTED, ""),
+    "plain": ("#808080", "P", DOTTED, ""),
     "hf_generate": ("#b3b3b3", "X", DOTTED, "oo"),
     "medusa": ("#f0b040", "s", DASHED, "//"),
     "medusa-ps": ("#a63603", "D", SOLID, "xx"),
@@ -122,6 +124,7 @@ def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
     )  # fmt: skip
     for method, part in frame.groupby("method"):
         ax.errorbar(part[x], part[y], yerr=_interval(part, y), fmt="none", ecolor=styles[method][0], capsize=3, lw=1)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(title="")
 
 
@@ -167,6 +170,18 @@ def save(figure: Figure, folder: Path, name: str, caption: str) -> Image:
     return Image(pictures["png"], width=width * 2 // 3, alt=caption)
 
 
+def table(frame: pd.DataFrame) -> Styler:
+    """A frame for reading: no index, few digits, nothing in place of what is missing."""
+
+    def shown(cell: Any) -> str:
+        if isinstance(cell, float):
+            return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
+        return f"{cell:,}" if isinstance(cell, int | np.integer) else html.escape(str(cell))
+
+    left = {"selector": "th, td", "props": "text-align: left; white-space: normal"}
+    return frame.style.hide(axis="index").format(shown, na_rep="").set_table_styles([left])
+
+
 # --- data and training ----------------------------------------------------------------------------------------------
 
 
@@ -207,7 +222,7 @@ def training_curves(training: pd.DataFrame, metrics: Sequence[str] = ("loss",)) 
         rare = part[part.groupby("metric").metric.transform("size") < 20]
         ax.scatter(rare.millions, rare.value, color=rare.metric.map(palette).tolist(), s=25)
         ax.legend(title="")
-        ax.set(title=stage, xlabel="tokens seen (millions)", ylabel="nats" if ax is axes[0, 0] else "")
+        ax.set(title=stage, xlabel="tokens seen (millions)", ylabel="loss" if ax is axes[0, 0] else "")
     return figure
 
 
@@ -222,7 +237,7 @@ def slot_curves(training: pd.DataFrame) -> Figure:
         count = int(part.slot.max()) + 1
         sns.lineplot(
             part.assign(millions=part.tokens / 1e6), x="millions", y="value", hue="slot", errorbar=None, legend=False,
-            palette=sns.color_palette("viridis_r", count + 1)[1:], ax=ax,
+            palette=sns.color_palette("viridis_r", count + 1)[1:], marker="o", markersize=4, ax=ax,
         )  # fmt: skip
         for slot, line in part.groupby("slot"):
             end = (line.tokens.iloc[-1] / 1e6, line.value.iloc[-1])
@@ -287,7 +302,6 @@ def acceptance(summary: pd.DataFrame, **where: Any) -> Figure:
     for ax, metric in zip(axes[0], ("accept_cond", "accept_uncond"), strict=False):
         _lines(ax, by_slot(summary, metric, **where), "slot", "value")
         ax.set(xlabel="slot i", ylabel=LABELS[metric], ylim=(0, 1))
-        ax.xaxis.set_major_locator(mpl.ticker.MaxNLocator(integer=True))
     return figure
 
 
@@ -360,7 +374,7 @@ def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
             each = tokens.get(index, 1.0)
             ax.text(total, y, f"  {each:.2f} tokens: {total / each:.2f} ms a token", va="center", fontsize=8)
     ax.invert_yaxis()
-    ax.set(xlabel="time of one round (ms)", xlim=(0, 1.35 * left.max() if len(left) else 1))
+    ax.set(xlabel="time of one round (ms)", xlim=(0, 1.5 * left.max() if len(left) else 1))
     ax.grid(axis="y", visible=False)
     _legend_right(ax)
     return figure
@@ -443,10 +457,10 @@ def coloured(generation: Generation, tokenizer: Any) -> HTML:
     ]
     legend = " ".join(_span(f" slot {i}: {n} ", colours[i]) for i, n in enumerate(counts))
     prompt = html.escape(tokenizer.decode(generation.prompt))
-    note = (
-        f"accepted draft tokens: {legend} &nbsp; the target's own: {len(pieces) - sum(counts)}. {len(pieces)} tokens "
-        f"in {len(generation.rounds)} rounds, {generation.tokens_per_step:.2f} tokens per step"
-    )
+    note = f"{len(pieces)} tokens"
+    if slots:
+        note = f"accepted draft tokens: {legend} &nbsp; the target's own: {len(pieces) - sum(counts)}. {note}"
+        note += f" in {len(generation.rounds)} rounds, {generation.tokens_per_step:.2f} tokens per step"
     return _block(f'<span style="color:#888888">{prompt}</span>{"".join(spans)}', note)
 
 

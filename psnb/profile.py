@@ -110,9 +110,7 @@ def _build(cls: type, table: dict[str, Any], where: str) -> Any:
     missing = [
         f.name
         for f in dataclasses.fields(cls)
-        if f.name not in values
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
+        if f.name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise UserError(f"{where}: {', '.join(missing)} missing")
@@ -182,7 +180,9 @@ def _check(profile: Profile) -> None:
         if not 0 < spec.keep <= 1 or not 0 < spec.keep_min <= 1:
             raise UserError(f"{where}: keep and keep_min are shares in (0, 1]")
         if spec.warm_start and list(profile.drafters).index(name) <= (
-            list(profile.drafters).index(spec.warm_start) if spec.warm_start in profile.drafters else len(profile.drafters)
+            list(profile.drafters).index(spec.warm_start)
+            if spec.warm_start in profile.drafters
+            else len(profile.drafters)
         ):
             raise UserError(f"{where}: warm_start {spec.warm_start!r} must be a drafter listed before it")
     if profile.dtype not in ("float32", "float64", "bfloat16"):

@@ -23,6 +23,7 @@ from pygments.formatters import HtmlFormatter
 
 from psnb import manifest
 from psnb.errors import UserError
+from psnb.measure import COLUMNS
 from psnb.plots import at_best_k, order, pick, with_k
 
 SPEEDUP, DRAFT_TIMES = "04_speedup", "03_draft_times"  # stages of summary.csv
@@ -171,6 +172,35 @@ def split(summary: pd.DataFrame, method: str, other: str, temperature: float = M
     )
 
 
+# --- rows of summary.csv ----------------------------------------------------------------------------------------------
+
+
+def rows(stage: str, lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """Lines (method, metric, value, n, unit, ...) in the columns of summary.csv; what a line lacks stays empty."""
+    return pd.DataFrame(lines, columns=COLUMNS).assign(stage=stage)
+
+
+def draft_time_rows(times: pd.DataFrame, stage: str = DRAFT_TIMES) -> pd.DataFrame:
+    """What `measure.draft_times` measured, in the columns of summary.csv."""
+    named = times.rename(columns={"draft_ms": "value"}).assign(
+        tree="chain", nodes=times.k, metric="draft_ms", unit="ms"
+    )
+    return rows(stage, named.to_dict("records"))
+
+
+def training_rows(training: pd.DataFrame, stage: str) -> pd.DataFrame:
+    """Tokens seen and time a step of every training, in the columns of summary.csv."""
+    metrics = {"train_tokens": ("tokens", "tokens"), "train_step_ms": ("ms_a_step", "ms")}
+    return rows(
+        stage,
+        [
+            {"method": line["stage"], "metric": metric, "value": line[column], "n": line["steps"], "unit": unit}
+            for line in training_cost(training).to_dict("records")
+            for metric, (column, unit) in metrics.items()
+        ],
+    )
+
+
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 
@@ -266,7 +296,7 @@ def training_cost(training: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["stage", "steps", "tokens", "seconds", "ms_a_step"])
 
 
-def shortfalls(summary: pd.DataFrame, training: pd.DataFrame) -> list[str]:
+def shortfalls(summary: pd.DataFrame) -> list[str]:
     """What did not come out as the paper or the goals say, each with the numbers that explain it."""
     said = []
     at = {row.goal: row for row in goals(summary).itertuples()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import json
+import logging
 import os
 import re
 import sys
@@ -98,14 +99,24 @@ class Failed(Exception):
     """A notebook raised `name` with this text."""
 
     def __init__(self, name: str, text: str) -> None:
-        self.disk = name == "DiskError"
+        self.disk = name in ("DiskError", "PermissionError") or "No space left on device" in text
         first = next(iter(text.strip().splitlines()), "")
         super().__init__(first if name in ("", "UserError", "DiskError") else f"{name}: {first}")
 
 
 def _key(study: Study, source: Path, given: dict[str, Any]) -> str:
-    cells = [cell["source"] for cell in read_json(source)["cells"]]
-    return digest([cells, study.profile.notebooks.get(source.stem, {}), given, study.text(), code("**/*.py")])
+    """What an executed notebook depends on; the last one, the report, also on all that the others wrote."""
+    *others, last = notebooks(study).values()
+    written = [_executed(study, path) for path in others] if source == last else []
+    return digest(
+        [
+            [cell["source"] for cell in read_json(source)["cells"]],
+            {**study.profile.notebooks.get(source.stem, {}), **given},
+            [manifest.sha256_file(path) for path in written if path.is_file()],
+            study.text(),
+            code("**/*.py"),
+        ]
+    )
 
 
 def _executed(study: Study, source: Path) -> Path:
@@ -231,8 +242,9 @@ def run(
             study.once("report", "reused")
         study.manifest.finish("complete")
     except BaseException as error:
+        if stopped := isinstance(error, KeyboardInterrupt):
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks of the notebook's client, left behind
         with contextlib.suppress(UserError, OSError):  # a full disk: the first error is the one to tell
-            stopped = isinstance(error, KeyboardInterrupt)
             study.manifest.finish("interrupted" if stopped else "failed", **study.facts(), error=str(error))
         raise
     return study.results
@@ -254,6 +266,8 @@ def _forget(study: Study, only: str | None) -> None:
     for path in study.cache.glob("stages/*.json"):
         if only is None or path.stem == only or read_json(path).get("notebook") in (only, ""):
             path.unlink()
+    for path in study.cache.glob("summary/*.csv") if only is None else ():
+        path.unlink()
 
 
 def report(study: Study) -> Path:
@@ -277,15 +291,15 @@ def report(study: Study) -> Path:
 
 
 def status(study: Study) -> pd.DataFrame:
-    """stage, done (yes, no, changed, damaged), cost: what it took, or what it would take."""
+    """stage, done (yes, no, unneeded, changed, damaged), cost: what it took, or what it would take."""
     told, rows = study.manifest.read().get("stages", {}), []
+    trained = all(study.ready(name) for name in study.models if name != "target" or not study.profile.target.path)
     for stage in DATA:
         parts = [study.made(s) for s in ([f"{stage}-{x}" for x in SPLITS] if stage in ("tokens", "rows") else [stage])]
-        ready = stage == "tokenizer" and (study.profile.target.path or study.ready("target"))
-        seconds = [part["seconds"] for part in parts if part]
-        rows.append(
-            (stage, "yes" if all(parts) or ready else "no", _took(sum(seconds)) if seconds else "minutes at most")
-        )
+        unneeded = trained and stage in ("tokenizer", "tokens", "rows")  # only a training asks for them
+        seconds = sum(part.get("seconds", 0) for part in parts)
+        done = "yes" if all(parts) else "unneeded" if unneeded else "no"
+        rows.append((stage, done, _took(seconds) if all(parts) else "" if unneeded else "minutes at most"))
     rows += [(name, *_weights_status(study, name)) for name in study.models]
     for name, path in notebooks(study).items():
         done = study.current(name, _key(study, path, {}), _executed(study, path), quiet=True)

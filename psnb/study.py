@@ -654,13 +654,11 @@ class Study:
         folders = {path.parent.name: read_json(path) for path in sorted(self.cache.glob("*/stage.json"))}
         records = {path.stem: read_json(path) for path in sorted(self.cache.glob("stages/*.json"))}
         models = {name: stage_facts(self.checkpoint(name)) for name in self.models}
-        told = ("at", "seconds", "machine", "revision", "weights", "sha256")
+        told = ("at", "seconds", "key", "machine", "revision", "weights")
         mismatched = self.made("corpus").get("mismatched")
         warning = f"installed versions differ from the pins: {mismatched}" if mismatched else ""
         return {
-            "stages": {
-                name: {k: f[k] for k in ("at", "seconds", "key") if k in f} for name, f in (folders | records).items()
-            },
+            "stages": {name: {k: f[k] for k in told if k in f} for name, f in (folders | records).items()},
             "data": {
                 name: {k: v for k, v in f.items() if k not in ("at", "seconds", "key")} for name, f in folders.items()
             },
@@ -669,6 +667,5 @@ class Study:
                 "got": self.made("prompts").get("sha256", ""),
             },
             "checkpoints": {name: {k: f[k] for k in told if k in f} for name, f in models.items() if f},
-            "measured": {name: {k: f[k] for k in told if k in f} for name, f in records.items()},
             "warnings": [text for text in (warning, self._prompts_warning()) if text],
         }

@@ -46,7 +46,11 @@ class Target:
     def features(self, ids: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Any = None) -> Tensor:
         """ids, position_ids [B, n], mask bool [B, 1, n, m] (m keys, the cached ones first) -> features [B, n, H]."""
         return self.model.base_model(
-            input_ids=ids, position_ids=position_ids, attention_mask=mask, past_key_values=cache, use_cache=cache is not None
+            input_ids=ids,
+            position_ids=position_ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=cache is not None,
         ).last_hidden_state
 
     def logits(self, features: Tensor) -> Tensor:
@@ -148,7 +152,9 @@ def train(
 ) -> None:
     """Train a Llama of the given shape from scratch; write it (bf16), its tokenizer and training.csv to `folder`."""
     if spec.train is None:
-        raise UserError("the profile's target has neither a path nor a training budget: set target.path or target.train")
+        raise UserError(
+            "the profile's target has neither a path nor a training budget: set target.path or target.train"
+        )
     config = LlamaConfig(
         hidden_size=spec.hidden_size,
         num_hidden_layers=spec.layers,

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="true")
+os.environ["OMP_NUM_THREADS"] = "1"  # toy sizes: a second thread costs more than it gives
 
 
 def psnb(*arguments, cwd=ROOT, **more):

@@ -109,16 +109,18 @@ def test_run_reuse_change_and_fresh(toy, capsys, plain_report):
     assert ran == []
     for stage in ("01_first", "02_second", "report"):
         assert f"{stage}: reused" in out
-    assert go("-p", "01_first.n=5", "-p", "01_first.rate=1", "-p", "01_first.word=b")[0] == ["first"]
-    ran, out = go()
-    assert ran == ["first"]  # back to the profile's own value
+    ran, out = go("-p", "01_first.n=5", "-p", "01_first.rate=1", "-p", "01_first.word=b")
+    assert "first 5 [1, 2] 1 b" in out
+    assert ran == ["first", "second"]  # the last one reports on the others
+    assert go()[0] == ["first", "second"]  # back to the profile's own value
     write_notebook(toy / "notebooks" / "02_second.ipynb", "", "open('log.txt', 'a').write('changed ')")
     assert go()[0] == ["changed"]
     assert go("--only", "01_first")[0] == []
     assert go("--only", "01_first", "--fresh")[0] == ["first"]
+    assert go()[0] == ["changed"]
     assert go("--fresh")[0] == ["first", "changed"]
     executed.unlink()
-    assert go()[0] == ["first"]
+    assert go()[0] == ["first", "changed"]
     assert main(["list", "--profile", "toy.toml"]) == 0
     lines = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
     assert lines["01_first"] == lines["02_second"] == "yes"

@@ -32,6 +32,11 @@ TABLE_{n} = {{
 }}
 
 
+def prepare_{n}_{package}(values):
+    values = list(values)
+    return values
+
+
 def scale_{n}_{package}(values, factor={n}):
     """Multiply every one of the values by the factor {n}, and keep their order."""
     result = []
@@ -60,7 +65,8 @@ class Counter_{n}_{package}:
 TEST = """from {package}.m{n} import scale_{n}_{package}
 
 
-def test_scale_{n}_keeps_order():
+def test_scale_{n}_{package}_keeps_order():
+    prepare_{n}_{package}([1, 2, 3])
     assert scale_{n}_{package}([1, 2, 3], 2) == [2, 4, 6]
     assert sorted([3, 1]) == [1, 3]
 """
@@ -76,7 +82,7 @@ def write(root, package, path, text):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """Frame of two packages, alpha and beta, of 4 modules and 4 tests each, and a train package."""
+    """Frame of two packages, alpha and beta, of 4 modules with 2 tests each, and a train package."""
     root = tmp_path_factory.mktemp("toy")
     rows = []
     for package in ("alpha", "beta"):
@@ -84,6 +90,7 @@ def toy(tmp_path_factory):
             names = {"package": package, "n": n}
             rows.append(write(root, package, f"{package}/m{n}.py", MODULE.format(**names)))
             rows.append(write(root, package, f"{package}/tests/test_m{n}.py", TEST.format(**names)))
+            rows.append(write(root, package, f"{package}/tests/test_again{n}.py", "import os\n" + TEST.format(**names)))
     rows.append(write(root, "gamma", "gamma/__init__.py", MODULE.format(package="gamma", n=77)))
     return pd.DataFrame(rows)
 
@@ -183,7 +190,10 @@ def test_near_copies_counts_shared_runs():
 
     held = Dataset.from_dict({"package": ["held", "clean"], "text": [lines("abcdefghij"), lines("0123456789")]})
     train = Dataset.from_dict(
-        {"package": ["copy", "copy", "less"], "text": [lines("xbcdefghiy"), lines("abc"), lines("-cdefghij-")]}
+        {
+            "package": ["copy", "copy", "less", "turned"],
+            "text": [lines("xbcdefghiy"), lines("abc"), lines("-cdefghij-"), lines("jihgfedcba9876543210")],
+        }
     )
     found = data.near_copies(train, held, lines=4).set_index("package")
     # held has the runs abcd .. ghij; copy has bcde .. fghi (5 of 7), less has cdef .. ghij (5 of 7), together 6.
@@ -206,6 +216,7 @@ def test_tokenizer_is_for_code(tokenizer, tmp_path):
     def pieces(text):
         return [piece for piece, _ in tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)]
 
+    assert pieces("self.total") == ["self", ".total"]
     assert pieces("x):\n\n    y12345") == ["x", "):", "ĊĊĠĠĠĠ", "y", "123", "45"]
     assert len(tokenizer) == 400 and tokenizer.eos_token_id == tokenizer.pad_token_id == 0
     assert len(data._encode(["\n        "], tokenizer)[0]) == 1
@@ -317,8 +328,8 @@ def test_prompts_are_cut_from_the_source(corpus, tokenizer, prompts):
             case "docstring":
                 assert prompt == "\n".join([signature, *rest, "", "", signature]) + '\n    """'
             case "test":
-                head = f"def test_scale_{n}_keeps_order():"
-                assert prompt == "\n".join([signature, *rest, "", "", head]) and head + "\n    assert" in text
+                head = f"def test_scale_{n}_{package}_keeps_order():"
+                assert prompt == "\n".join([signature, *rest, "", "", head]) and head + "\n    prepare" in text
             case "class":  # 18 lines from line 1: the middle one, 9, is in `add`
                 assert prompt == text[text.find("class Counter") : text.find("    def remove")].rstrip()
             case "literal":  # 12 lines, a third is 4: the brace and four items
@@ -371,8 +382,11 @@ def test_prompts_are_cut_from_the_left_and_never_from_the_standard_library(corpu
 
 
 def test_too_few_prompts_are_refused(corpus, tokenizer):
+    tiny = 'def f(a):\n    """Sum."""\n    a += 1\n    a += 2\n    return a\n'  # its signature has less than 24 tokens
+    more = Dataset.from_dict({"package": ["delta"], "path": ["delta.py"], "text": [tiny]})
+    held_out = concatenate_datasets([corpus["held_out"].select_columns(more.column_names), more])
     with pytest.raises(UserError, match="only 8 prompts of family 'body'.* 9 asked"):
-        data.code_prompts(corpus["held_out"], tokenizer, 9, 300)
+        data.code_prompts(held_out, tokenizer, 9, 300)
 
 
 # --- chats --------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Invariants 4, 5 and 7 for chains: the same tokens as plain decoding, whatever the drafter; bad input refused."""
 
+import dataclasses
+
 import pytest
 import torch
 import toys
@@ -59,15 +61,25 @@ class Oracle(Drafter):
 
     def __init__(self, spec, target, tokens, wrong_at=10**9):
         super().__init__(spec, target)
-        self.tokens, self.wrong_at, self.at = tokens, wrong_at, 1
+        self.tokens, self.wrong_at, self.at = tokens, wrong_at, 0
 
     def draft(self, features, next_ids, k, choose, cache):
-        # next_ids holds what was accepted since the last draft: the oracle's place is after it
-        self.at = self.at + next_ids.shape[1] - (self.at == 1)
+        self.at += next_ids.shape[1]  # what was accepted since the last draft, and the target's own token
         ids = [
             t if i < self.wrong_at else (t + 1) % toys.VOCAB for i, t in enumerate(self.tokens[self.at : self.at + k])
         ]
-        return torch.tensor(ids + [0] * (k - len(ids)))
+        return torch.tensor(ids + [toys.VOCAB - 1] * (k - len(ids)))
+
+
+@pytest.mark.parametrize("sharpen", [0.3, 1.0, 4.0])
+def test_sharpening_changes_drafts_but_not_the_text(sharpen):
+    target = toys.target(torch.float64)
+    drafter = toys.drafter("eagle-ps", target)
+    settings = Settings(k=4, temperature=0.7, max_new_tokens=30, seed=4, repeat_stop=0)
+    base = decode.speculative(target, drafter, PROMPT, dataclasses.replace(settings, sharpen=1.5))
+    made = decode.speculative(target, drafter, PROMPT, dataclasses.replace(settings, sharpen=sharpen))
+    assert made.tokens == base.tokens == decode.autoregressive(target, PROMPT, settings).tokens
+    assert [r.drafted for r in made.rounds] != [r.drafted for r in base.rounds]
 
 
 @pytest.mark.parametrize("right", [0, 1, 3, 4])
@@ -81,6 +93,7 @@ def test_acceptance_is_counted_exactly(right):
     whole = made.whole_rounds
     assert whole and all(r.accepted == right for r in whole)
     assert made.tokens_per_step == 1 + right
+    assert [r.start for r in made.rounds][:3] == [1, 2 + right, 3 + 2 * right]
     assert len(made.rounds) == -(-35 // (1 + right))  # the first of 36 tokens comes from the prefill
 
 

@@ -158,7 +158,7 @@ def test_training_lowers_the_loss_and_round_trips(kind, tmp_path):
     target = toys.target()
     spec = toys.drafter(kind, target).spec
     lines = []
-    arguments = dict(seed=0, device=torch.device("cpu"))
+    arguments = {"seed": 0, "device": torch.device("cpu")}
     train.train_drafter(
         spec, target, toys.rows(), toys.rows(2, seed=5), tmp_path, log=lines.append, steps=60, **arguments
     )

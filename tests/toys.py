@@ -25,10 +25,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def config(cls: type = LlamaConfig, **changes: object) -> LlamaConfig:
-    shape = dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, eos_token_id=VOCAB - 1, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
+    shape = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "eos_token_id": VOCAB - 1,
+        "bos_token_id": None,
+        "pad_token_id": None,
+    }
     return cls(**{**shape, **changes})
 
 

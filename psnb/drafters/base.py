@@ -36,7 +36,9 @@ class Drafter(nn.Module):
         """Masks a group carries in training (0: only real rows)."""
         return 0
 
-    def rows(self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+    def rows(
+        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor
+    ) -> Tensor:
         """Training forward: every row at once.
 
         features [B, n, H] (f_t), next_ids [B, n] (x_{t+1}), depth, anchor [R], place [B, R] (position ids),
@@ -103,6 +105,10 @@ class Layers(nn.Module):
 
 def start_norm(layers: Layers, target: Target) -> None:
     """Start the drafter's final norm at the target's own, so that its rows have the scale of features."""
-    norms = [m for m in target.model.base_model.children() if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 1]
+    norms = [
+        m
+        for m in target.model.base_model.children()
+        if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 1
+    ]
     if norms:
         layers.norm.weight.data.copy_(norms[-1].weight.data)

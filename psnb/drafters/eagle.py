@@ -29,7 +29,9 @@ class Eagle(Drafter):
         """features [B, m, H], next_ids [B, m] -> the real rows' inputs [B, m, H]."""
         return self.fc(torch.cat([self.target.embed(next_ids), features], -1))
 
-    def rows(self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+    def rows(
+        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor
+    ) -> Tensor:
         return self.body(self.fuse(features, next_ids), place, mask)
 
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:

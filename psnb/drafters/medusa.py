@@ -27,7 +27,9 @@ class Medusa(Drafter):
                 residual.bias.zero_()
                 project.weight.copy_(target.model.get_output_embeddings().weight)
 
-    def rows(self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+    def rows(
+        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor
+    ) -> Tensor:
         """The rows are the features themselves, one an anchor; every head reads the same row."""
         return features
 

@@ -30,7 +30,9 @@ class Parallel(Drafter):
         """Which learned mask stands at masks 1..count: [0, 1, ...] (distinct) or all 0 (shared)."""
         return torch.arange(count) * (self.spec.mask_mode == "distinct")
 
-    def rows(self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor) -> Tensor:
+    def rows(
+        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor
+    ) -> Tensor:
         real = self.real(features, next_ids)
         masked = self.mask_inputs()[depth[depth > 0] - 1].expand(len(features), -1, -1).to(real.dtype)
         return self.body(torch.cat([real, masked], 1), place, mask)

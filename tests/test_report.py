@@ -1,0 +1,351 @@
+"""Figures, coloured text, the claims and tables made from summary.csv, the report page and README's block."""
+
+import json
+import re
+import subprocess
+import xml.etree.ElementTree as ElementTree
+
+import matplotlib as mpl
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import toys
+from conftest import ROOT
+
+from psnb import decode, manifest, plots, report
+from psnb.errors import UserError
+from psnb.measure import COLUMNS
+
+TASKS = ["body", "docstring", "test"]
+CHANCE = {"medusa": 0.55, "medusa-ps": 0.62, "eagle": 0.74, "eagle-ps": 0.72}
+
+
+def draft_ms(method, k):
+    return {"eagle": 0.9 * k, "medusa": 0.2 * k, "eagle-ps": 1.2, "medusa-ps": 1.3}[method]
+
+
+def lines(method, k, task, t):
+    """Rows of one method, draft length, task family and temperature: made up, but consistent with the cost model."""
+    cond = [CHANCE[method] * 0.94**i * (1 - 0.05 * t) for i in range(k)]
+    steps = 1 + float(np.cumprod(cond).sum())
+    parts = {
+        "draft_ms": draft_ms(method, k) if k else 0.0,
+        "verify_ms": 7.6 + 0.1 * k,
+        "commit_ms": 0.1,
+        "host_ms": 0.1,
+    }
+    speed = steps * 7.8 / sum(parts.values())
+    values = {"tokens_per_second": 128 * speed, "repeated_8gram_share": 0.1, **parts}
+    if k:
+        values |= {"tokens_per_step": steps, "accepted_per_step": steps - 1, "speedup_vs_plain": speed}
+        values |= {"speedup_vs_hf": 1.5 * speed, **{f"accept_cond_{i}": c for i, c in enumerate(cond)}}
+        values |= {f"accept_uncond_{i}": float(np.prod(cond[: i + 1])) for i in range(k)}
+    if k and task == "all":
+        values |= {"coupled_mismatches" if t else "greedy_mismatches": 0, "numeric_ties": 1, "tokens_compared": 500}
+    row = {"method": method, "tree": "chain" if k else "", "k": k or None, "nodes": k or None, "task": task}
+    spread = {"n": 48, "unit": ""}
+    return [
+        {**row, "temperature": t, "metric": m, "value": v, "low": 0.97 * v, "high": 1.03 * v, **spread}
+        for m, v in values.items()
+    ]
+
+
+def stage(name, lengths, temperatures=(0.0, 0.7, 1.0)):
+    arms = [(m, k) for m, ks in lengths.items() for k in ks] + [("plain", 0), ("hf_generate", 0)]
+    made = [line for t in temperatures for task in (*TASKS, "all") for m, k in arms for line in lines(m, k, task, t)]
+    return report.rows(name, made)
+
+
+@pytest.fixture
+def summary():
+    times = pd.DataFrame(
+        [{"method": m, "k": k, "draft_ms": draft_ms(m, k)} for m in ("eagle", "eagle-ps") for k in range(1, 9)]
+    )
+    times = times.assign(low=0.9 * times.draft_ms, high=1.1 * times.draft_ms, n=40)
+    speedup = stage("04_speedup", {"medusa": [4], "medusa-ps": [5], "eagle": [3, 5], "eagle-ps": [5, 6]})
+    lengths = stage("03_draft_length", {"eagle": [1, 4, 8], "eagle-ps": [1, 4, 8]}, (0.7,))
+    return pd.concat([speedup, lengths, report.draft_time_rows(times)], ignore_index=True)
+
+
+@pytest.fixture
+def training():
+    made = []
+    for name, slots in (("target", 0), ("eagle", 1), ("eagle-ps", 4)):
+        for step in range(20, 401, 20):
+            values = {"loss": 2 + 5 / step, "seconds": step / (2 if name == "target" else 8)}
+            if step % 100 == 0:
+                values |= {"heldout_nats": 2.0} if name == "target" else {}
+                values |= {f"accept_cond_{i}": 0.7 - 0.1 * i for i in range(slots)}
+            made += [
+                {"stage": name, "step": step, "tokens": step * 4096, "metric": m, "value": v} for m, v in values.items()
+            ]
+    return pd.DataFrame(made)
+
+
+def changed(summary, metric, value, **where):
+    """The summary with another value in those rows."""
+    rows = plots.pick(summary, metric, **where)
+    assert len(rows)
+    return summary.assign(value=summary.value.where(~summary.index.isin(rows.index), value))
+
+
+# --- numbers --------------------------------------------------------------------------------------------------------
+
+
+def test_headline_takes_the_best_length_and_survives_the_file(summary, tmp_path):
+    table = report.headline(summary).set_index("method")
+    assert list(table.index) == ["plain", "hf_generate", "medusa", "medusa-ps", "eagle", "eagle-ps"]
+    speed = (
+        plots.pick(summary, "speedup_vs_plain", stage="04_speedup", task="all", method="eagle")
+        .groupby("k")
+        .value.mean()
+    )
+    assert table.k["eagle"] == speed.idxmax()
+    assert table["x plain, T = 0.7"]["plain"] == "1" and table["tokens per step, T = 0.7"]["plain"] == "1.00"
+    assert re.fullmatch(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", table["x plain, T = 0"]["eagle-ps"])
+    manifest.write_frame(tmp_path / "summary.csv", summary)
+    assert report.headline(report.load(tmp_path / "summary.csv")).equals(report.headline(summary))
+    with pytest.raises(UserError, match="does not exist; `psnb run` measures it"):
+        report.load(tmp_path / "other.csv")
+
+
+def test_goals_follow_the_numbers(summary):
+    met = dict(report.goals(summary)[["goal", "met"]].itertuples(index=False))
+    assert set(met.values()) == {"yes"} and len(met) == 8
+    for metric, value, where, goal in (
+        ("greedy_mismatches", 2, {"method": "medusa"}, "greedy output"),
+        ("coupled_mismatches", 1, {"method": "eagle", "temperature": 1.0}, "coupled output"),
+        ("draft_ms", 5.0, {"stage": "03_draft_times", "method": "eagle-ps", "k": 8}, "drafting time of eagle-ps"),
+        ("draft_ms", 2.0, {"stage": "03_draft_times", "method": "eagle", "k": 8}, "drafting time of eagle,"),
+        ("speedup_vs_plain", 1.4, {"method": "eagle-ps", "temperature": 0.7}, "eagle-ps at its best k"),
+        ("speedup_vs_plain", 9.0, {"method": "eagle", "temperature": 0.7}, "eagle-ps over eagle, each"),
+        ("accept_cond_0", 0.9, {"method": "eagle", "k": 5}, "slot 0"),
+        ("tokens_per_step", 9.0, {"method": "eagle", "k": 5}, "tokens per step"),
+    ):
+        frame = report.goals(changed(summary, metric, value, **where))
+        missed = list(frame.goal[frame.met == "no"])
+        assert any(text.startswith(goal) for text in missed) and len(missed) <= 2, missed
+    partly = report.goals(summary[summary.stage != "03_draft_times"])
+    assert (partly.met == "not measured").sum() == 2
+
+
+def test_lossless_counts(summary):
+    table = report.lossless(
+        changed(summary, "coupled_mismatches", 3, method="eagle", k=5, temperature=0.7, stage="04_speedup")
+    )
+    assert dict(table[table.mismatches > 0][["method", "mismatches"]].to_numpy()) == {"eagle": 3}
+    assert {"tokens compared", "numeric ties"} <= set(table.columns)
+
+
+def test_split_multiplies_out(summary):
+    text = report.split(summary, "eagle-ps", "eagle")
+    speed, *tokens = map(
+        float, re.search(r"runs at ([\d.]+)x.*yields ([\d.]+) tokens against ([\d.]+) and", text).groups()
+    )
+    rounds = [float(x) for x in re.findall(r"([\d.]+) ms \(", text)]
+    assert speed == pytest.approx(tokens[0] / tokens[1] * rounds[1] / rounds[0], abs=0.02)
+    assert report.split(summary[summary.method != "eagle"], "eagle-ps", "eagle") == ""
+
+
+def test_claims_quote_only_what_may_be_quoted(summary, training):
+    table = report.claims(summary, training)
+    numbers = set(re.findall(r"\d+(?:\.\d+)?", " ".join(table.claim).replace("Llama-2", "").replace("batch 1", "")))
+    assert numbers == {"62", "2.39", "3.31", "15", "2.84", "13"}
+    secondary = table[table.claim.str.contains("2.39|15 %")]
+    assert len(secondary) == 2 and secondary.source.str.contains("secondary").all()
+    assert list(table.verdict[:1]) == ["holds"] and table.verdict[2].startswith("holds in direction")
+    worse = report.claims(changed(summary, "speedup_vs_plain", 0.9, method="eagle-ps", stage="04_speedup"), training)
+    assert worse.verdict[2].startswith("does not hold here: slower by")
+    assert (report.claims(summary[:0], training[:0]).verdict == "not measured").all()
+
+
+def test_shortfalls_explain_what_was_missed(summary):
+    assert report.shortfalls(summary) == [
+        s for s in report.shortfalls(summary) if "eagle-ps" not in s.split(" runs")[0]
+    ]
+    said = report.shortfalls(changed(summary, "speedup_vs_plain", 0.9, method="eagle-ps", stage="04_speedup"))
+    assert any("wanted at least 1.5, measured 0.9" in line for line in said)
+    assert any(re.match(r"eagle-ps \(k = \d\) runs at 0\.\d+x the speed of eagle .* draft \+ ", line) for line in said)
+
+
+def test_rows_fit_the_summary(training):
+    rows = report.training_rows(training, "02_train_drafters")
+    assert list(rows.columns) == list(COLUMNS) and set(rows.metric) == {"train_tokens", "train_step_ms"}
+    assert report.value(rows, "train_step_ms", "eagle") == 125
+
+
+# --- figures and coloured text --------------------------------------------------------------------------------------
+
+
+def test_methods_differ_in_greyscale():
+    looks = list(plots.STYLES.values())
+    assert len({marker for _, marker, _, _ in looks}) == len(looks)  # lines
+    assert len({(hatch, round(np.dot(mpl.colors.to_rgb(c), [0.3, 0.59, 0.11]), 1)) for c, _, _, hatch in looks}) == len(
+        looks
+    )
+
+
+def test_figures_are_saved_with_their_caption(summary, training, tmp_path):
+    one = plots.pick(summary, stage="03_draft_length")
+    model = plots.with_k(plots.pick(one, "speedup_vs_plain", task="all")).rename(columns={"value": "predicted"})
+    times = plots.pick(summary, stage="03_draft_times").rename(columns={"value": "draft_ms"})
+    documents = np.repeat([[0, 0, 1, 1, 1, 2, -1, -1]], 5, axis=0)
+    figures = {
+        "packed": plots.packed(documents, 2),
+        "training": plots.training_curves(training, ("loss", "heldout_nats")),
+        "slots": plots.slot_curves(training),
+        "mask": plots.group_mask(3, 2),
+        "draft_time": plots.draft_time(times.astype({"k": int})),
+        "acceptance": plots.acceptance(one, task="all", k=8),
+        "against_k": plots.against_k(one, model, task="all"),
+        "speedups": plots.speedups(summary[summary.stage == "04_speedup"]),
+        "per_task": plots.per_task(summary[summary.stage == "04_speedup"]),
+        "cost": plots.cost_split(summary[summary.stage == "04_speedup"], 0.7),
+    }
+    assert mpl.rcParams["figure.dpi"] == mpl.rcParamsDefault["figure.dpi"]
+    for name, figure in figures.items():
+        image = plots.save(figure, tmp_path, name, f"What {name} shows, 48 prompts. Profile toy.")
+        assert image.alt.endswith("Profile toy.") and any("Profile toy" in text.get_text() for text in figure.texts)
+        assert image.data == (tmp_path / f"{name}.png").read_bytes()
+        assert (tmp_path / f"{name}.svg").stat().st_size < 400_000
+        ElementTree.parse(tmp_path / f"{name}.svg")
+        for ax in figure.axes:
+            assert ax.get_xlabel() or ax.get_ylabel() or figure.get_supylabel() or len(figure.axes) > 1
+    again = plots.save(plots.group_mask(3, 2), tmp_path / "again", "mask", "What mask shows, 48 prompts. Profile toy.")
+    assert again.data == (tmp_path / "mask.png").read_bytes()
+    assert (tmp_path / "again" / "mask.svg").read_bytes() == (tmp_path / "mask.svg").read_bytes()
+
+
+def test_the_drawn_mask_is_that_of_the_paper():
+    texts = [text.get_text() for text in plots.group_mask(3, 2).axes[0].texts]
+    rows = ["100000", "110000", "111000", "100100", "110010", "111001"]
+    assert "".join(texts) == "".join(rows)
+
+
+def spans(text):
+    return re.findall(r'<span style="background:(#\w+)[^>]*title="round (\d+), slot (\d+)">([^<]*)</span>', text)
+
+
+def test_every_accepted_token_is_coloured_by_slot():
+    tokenizer, rounds = toys.tokenizer(), [decode.Round(1, [11, 12, 50], 2), decode.Round(4, [51, 52, 53], 0)]
+    made = decode.Generation([3, 4], [10, 11, 12, 13, 14], rounds)
+    text = plots.coloured(made, tokenizer).data
+    found = spans(text)
+    assert [(r, s, word.strip()) for _, r, s, word in found] == [("0", "0", "w11"), ("0", "1", "w12")]
+    assert found[0][0] != found[1][0] and "w3 w4" in text and "the target's own: 3" in text
+    assert (
+        "2.00 tokens per step" in text and "accepted" not in plots.coloured(decode.Generation([3], [4]), tokenizer).data
+    )
+    cut = decode.Generation([3], [10, 11], [decode.Round(1, [11, 12, 13], 3)])  # the length limit fell into a round
+    assert len(spans(plots.coloured(cut, tokenizer).data)) == 1
+
+
+def test_text_is_escaped_and_counted():
+    tokenizer = toys.tokenizer()
+    tokenizer.add_tokens(["<b>"])
+    text = plots.tokens_html("w1 <b> w2", tokenizer).data
+    assert "&lt;b&gt;" in text and "3 tokens, 9 bytes" in text
+    assert "2 of 3 tokens" in plots.loss_mask_html([1, 2, 3], [0, 1, 1], tokenizer).data
+
+
+def test_explorer_moves_only_before_a_reader(monkeypatch):
+    target = toys.target()
+    drafters = {kind: toys.drafter(kind, target) for kind in ("eagle", "eagle-ps")}
+    still = plots.explorer(target, drafters, "w1 w2 w3", k=99)
+    assert f"eagle-ps, k = {toys.K}, T = 0.7" in still.data
+    monkeypatch.setattr(manifest, "live", lambda: True)
+    prompt, controls, shown = plots.explorer(target, drafters, "w1 w2 w3", k=2).children
+    which, length, _, button = controls.children
+    assert "eagle-ps, k = 2" in shown.value
+    which.value, length.value = "eagle", 3
+    button.click()
+    assert "eagle, k = 3" in shown.value
+    prompt.value = ""
+    button.click()
+    assert "the prompt is empty" in shown.value and not button.disabled
+
+
+# --- the page and README --------------------------------------------------------------------------------------------
+
+
+def notebook(path, *cells):
+    kinds = {"md": nbformat.v4.new_markdown_cell, "code": nbformat.v4.new_code_cell}
+    book = nbformat.v4.new_notebook(cells=[kinds[kind](source) for kind, source in cells])
+    for cell in book.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [nbformat.v4.new_output("stream", text="a line of progress")]
+    nbformat.write(book, path)
+    return path
+
+
+def test_page_is_self_contained(summary, training, tmp_path):
+    manifest.write_frame(tmp_path / "summary.csv", summary)
+    manifest.write_frame(tmp_path / "claims.csv", report.claims(summary, training))
+    cells = [("md", "# One & two\nText $x_t$ and `$5`\n\n$$ \\frac{a}{b} $$"), ("md", "## Part"), ("code", "1 < 2")]
+    books = [notebook(tmp_path / f"0{i}_x.ipynb", *cells) for i in (1, 2)]
+    facts = {"profile": "toy", "warnings": ["beware <of> it"]}
+    report.html(books, facts, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script" not in page and not re.search(r'(src|href)="(?!data:|#)', page)
+    heads = re.findall(r'<h[12] id="([^"]+)"', page)
+    assert heads == ["01_x-0", "01_x-1", "02_x-0", "02_x-1"] and all(f'href="#{name}"' in page for name in heads)
+    first = [page.index(text) for text in ("Claims of the paper", "Headline", "Goals", "<nav>", 'id="01_x-0"')]
+    assert first == sorted(first) and "beware &lt;of&gt; it" in page
+    assert page.count('<details class="code">') == 2 and page.count('<details class="log">') == 2
+    pictures = [tag for tag in re.findall(r"<img[^>]*>", page) if 'class="math"' in tag]
+    assert len(pictures) == 4 and all("vertical-align" in tag for tag in pictures) and "<code>$5</code>" in page
+
+
+def test_formula_beyond_the_renderer_stays_readable():
+    assert report.formulas(r"$\nosuchthing{x}$") == r"<code>\nosuchthing{x}</code>"
+
+
+def test_readme_block_is_replaced(summary, tmp_path):
+    manifest.write_frame(tmp_path / "toy" / "summary.csv", summary)
+    manifest.write_json(tmp_path / "toy" / "manifest.json", {"profile": "toy", "machine": {}})
+    path = tmp_path / "README.md"
+    path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        report.readme(path, tmp_path / "toy" / "summary.csv")
+        text = path.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+        assert "figures/toy/04_speedup.png" in text and text.count("| eagle-ps |") == 1 and "48 prompts" in text
+    path.write_text("no marks")
+    with pytest.raises(UserError, match="wants one line"):
+        report.readme(path, tmp_path / "toy" / "summary.csv")
+
+
+def committed(path):
+    """A file as it stands in git's index, unmoved by a user's own run; outside git the file itself."""
+    found = subprocess.run(["git", "-C", str(ROOT), "show", f":{path}"], capture_output=True)
+    if found.returncode == 0:
+        return found.stdout.decode()
+    return None if (ROOT / ".git").exists() or not (ROOT / path).is_file() else (ROOT / path).read_text()
+
+
+def test_readme_agrees_with_the_committed_results(tmp_path):
+    tables = committed("results/embedded/summary.csv")
+    if tables is None:
+        pytest.skip("no results of profile embedded yet")
+    (tmp_path / "summary.csv").write_text(tables)
+    facts = json.loads(committed("results/embedded/manifest.json"))
+    block = report.readme_block(report.load(tmp_path / "summary.csv"), facts, "embedded")
+    assert block == (committed("README.md").split(report.BEGIN)[1].split(report.END)[0]).strip()
+    assert committed("figures/embedded/04_speedup.svg")
+
+
+def test_readme_says_what_it_must():
+    text = (ROOT / "README.md").read_text()
+    for word in ("make reproduce", "make test", "2410.05589", "independent implementation", "make lab", "summary.csv"):
+        assert word in text
+    for path in re.findall(r"`((?:psnb|notebooks)/[\w./]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_readme_profile_is_a_valid_profile(tmp_path):
+    from psnb import profile
+
+    toml = re.search(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)[1]
+    (tmp_path / "mine.toml").write_text(toml)
+    assert list(profile.load(str(tmp_path / "mine.toml")).drafters) == ["eagle", "eagle-ps"]
