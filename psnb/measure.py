@@ -141,7 +141,13 @@ def run(
         for method, k in arms[turn:] + arms[:turn]:
             if method == "hf_generate" and record["id"] not in timed:
                 continue
-            settings = Settings(k or 1, temperature, max_new_tokens, seed + 7919 * repeat + index, stop)
+            settings = Settings(
+                k=k or 1,
+                temperature=temperature,
+                max_new_tokens=max_new_tokens,
+                seed=seed + 7919 * repeat + index,
+                stop_tokens=stop,
+            )
             made = generate(target, drafters, method, record["input_ids"], settings)
             drafted = method not in BASELINES
             histogram = np.bincount([r.accepted for r in made.whole_rounds], minlength=k + 1)
@@ -180,13 +186,27 @@ def _interval(values: np.ndarray) -> tuple[float, float, float]:
     return float(values[0]), float(low), float(high)
 
 
+def _row(
+    stage: str, method: str, k: int, temperature: float, metric: str, value: float, n: int, unit: str
+) -> dict[str, object]:
+    """A line of summary.csv over all tasks, without an interval."""
+    shape = {
+        "tree": "chain" if k else "",
+        "k": k or None,
+        "nodes": k or None,
+        "task": "all",
+        "temperature": temperature,
+    }
+    return {"stage": stage, "method": method, **shape, "metric": metric, "value": value, "n": n, "unit": unit}
+
+
 def _histograms(part: pd.DataFrame, k: int) -> np.ndarray:
     """Rounds that accepted 0..k tokens, by generation: [generations, k + 1]."""
     return np.array([np.fromstring(h, int, sep=" ") for h in part["histogram"]]).reshape(len(part), k + 1)
 
 
 def summary(runs: pd.DataFrame, stage: str) -> pd.DataFrame:
-    """Every metric of `run`'s rows in the columns of summary.csv, by method x k x temperature x task and over all tasks.
+    """Every metric of `run`'s rows in the columns of summary.csv, by method x k x temperature x task and all.
 
     A value is a ratio of sums (tokens / seconds, accepted / tried); its interval resamples prompts. Speedups pair the
     same prompts and repeats: `speedup_vs_plain` is the ratio of total tokens / total decode time,
@@ -206,11 +226,8 @@ def summary(runs: pd.DataFrame, stage: str) -> pd.DataFrame:
                 for metric, values, n, unit in _metrics(part, method, int(k), baselines, temperature):
                     value, low, high = _interval(values)
                     if np.isfinite(value):
-                        rows.append(
-                            {"stage": stage, "method": method, "tree": "chain" if k else "", "k": k or None, "nodes": k or None,
-                                 "task": task, "temperature": temperature, "metric": metric, "value": value, "low": low, "high": high, "n": n,
-                                 "unit": unit}
-                        )  # fmt: skip
+                        row = _row(stage, method, k, temperature, metric, value, n, unit)
+                        rows.append({**row, "task": task, "low": low, "high": high})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -291,10 +308,8 @@ def lossless(runs: pd.DataFrame, target: Target, prompts: Dataset, stage: str) -
                 mismatches += 1
         kind = "greedy_mismatches" if temperature == 0 else "coupled_mismatches"
         for metric, value in ((kind, mismatches), ("numeric_ties", ties), ("tokens_compared", compared)):
-            rows.append(
-                {"stage": stage, "method": method, "tree": "chain", "k": k, "nodes": k, "task": "all", "temperature": temperature,
-                     "metric": metric, "value": value, "n": part["prompt"].nunique(), "unit": "tokens" if "tokens" in metric else "count"}
-            )  # fmt: skip
+            unit = "tokens" if metric == "tokens_compared" else "count"
+            rows.append(_row(stage, method, k, temperature, metric, value, part["prompt"].nunique(), unit))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

@@ -88,7 +88,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
     target = Target(model.to(device), tokenizer)
     if len(tokenizer) > target.vocab_size:
         raise UserError(
-            f"target {path}: its tokenizer has {len(tokenizer)} tokens, the model {target.vocab_size}; use the model's own"
+            f"target {path}: its tokenizer has {len(tokenizer)} tokens, the model {target.vocab_size}: use its own one"
         )
     _check_projection(target, str(path))
     return target

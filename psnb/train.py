@@ -146,7 +146,7 @@ def train_drafter(
 ) -> None:
     """Train a drafter on packed rows (data.pack); write it, spec.json and training.csv to `folder`.
 
-    `steps` overrides the budget (the notebooks' live run). The target is frozen and its features are computed on the fly.
+    `steps` overrides the budget (the notebooks' live run). The target is frozen; its features are computed on the fly.
     """
     if spec.train is None:
         raise UserError(f"drafter {spec.kind}: the profile gives no training budget (drafters.*.train)")
