@@ -1,0 +1,129 @@
+"""Measuring against numbers computed by hand; losslessness with planted faults."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toys
+from datasets import Dataset
+
+from psnb import measure
+from psnb.decode import Settings
+from psnb.errors import UserError
+
+
+def prompts() -> Dataset:
+    ids = [[1 + i, 2, 3, 4 + i, 5] for i in range(4)]
+    return Dataset.from_dict({"id": ["p0", "p1", "p2", "p3"], "family": ["a", "a", "b", "b"], "input_ids": ids})
+
+
+@pytest.fixture(scope="module")
+def made():
+    target = toys.target(torch.float64)
+    drafters = {kind: toys.drafter(kind, target) for kind in ("eagle", "eagle-ps")}
+    methods = {"plain": [0], "hf_generate": [0], "eagle": [2], "eagle-ps": [1, 4]}
+    runs = measure.run(
+        target, drafters, prompts(), methods=methods, temperatures=[0.0, 0.7], max_new_tokens=14, repeats=2,
+        repeat_prompts=1, seed=3,
+    )  # fmt: skip
+    return target, runs
+
+
+def test_run_covers_the_plan(made):
+    _, runs = made
+    counts = runs.groupby(["method", "k", "temperature"]).size()
+    assert counts["plain", 0, 0.0] == 4 + 2  # four prompts, then one of each family again
+    assert counts["hf_generate", 0, 0.7] == 2 + 2  # only the prompts that are repeated
+    assert counts["eagle-ps", 4, 0.7] == 6
+    assert (runs.tokens <= 13).all() and (runs.decode_s > 0).all()
+    seeds = runs.groupby(["prompt", "repeat"]).seed.nunique()
+    assert (seeds == 1).all()
+    drafted = runs[runs.k > 0]
+    rounds = drafted.histogram.map(lambda h: sum(map(int, h.split())))
+    assert ((drafted.rounds - rounds).between(0, 1)).all()  # a limit cuts one round at most
+
+
+def test_every_method_gives_plain_text_and_faults_are_counted(made):
+    target, runs = made
+    table = measure.lossless(runs, target, prompts(), "x").set_index(["method", "k", "temperature", "metric"]).value
+    assert table.xs("greedy_mismatches", level="metric").sum() == 0
+    assert table.xs("coupled_mismatches", level="metric").sum() == 0
+    assert table["eagle", 2, 0.7, "tokens_compared"] == sum(
+        len(o.split()) for o in runs[(runs.method == "plain") & (runs.temperature == 0.7)].output
+    )
+    broken = runs.copy()
+    line = broken.index[(broken.method == "eagle") & (broken.temperature == 0.7)][0]
+    tokens = broken.loc[line, "output"].split()
+    broken.loc[line, "output"] = " ".join([*tokens[:5], str((int(tokens[5]) + 1) % toys.VOCAB), *tokens[6:]])
+    found = measure.lossless(broken, target, prompts(), "x").set_index(["method", "k", "temperature", "metric"]).value
+    assert found["eagle", 2, 0.7, "coupled_mismatches"] == 1
+    assert found["eagle", 2, 0.7, "tokens_compared"] == table["eagle", 2, 0.7, "tokens_compared"] - len(tokens) + 5
+    broken.loc[line, "output"] = " ".join(tokens[:5])
+    short = measure.lossless(broken, target, prompts(), "x").set_index(["method", "k", "temperature", "metric"]).value
+    assert short["eagle", 2, 0.7, "coupled_mismatches"] == 1
+
+
+def test_a_tie_is_counted_as_a_tie(made, monkeypatch):
+    target, runs = made
+    broken = runs.copy()
+    line = broken.index[(broken.method == "eagle") & (broken.temperature == 0.0)][0]
+    broken.loc[line, "output"] = "0 " + broken.loc[line, "output"]
+    monkeypatch.setattr(measure, "gap", lambda *arguments: 5e-5)
+    found = measure.lossless(broken, target, prompts(), "x").set_index(["method", "k", "temperature", "metric"]).value
+    assert found["eagle", 2, 0.0, "numeric_ties"] == 1 and found["eagle", 2, 0.0, "greedy_mismatches"] == 0
+
+
+def test_gap_is_the_distance_of_the_two_best_scores(made):
+    target, _ = made
+    logits = target.model(torch.tensor([[1, 2, 3]])).logits[0, -1].sort(descending=True).values
+    assert measure.gap(target, [1, 2, 3], Settings(temperature=0.0)) == pytest.approx((logits[0] - logits[1]).item())
+
+
+def by_hand() -> pd.DataFrame:
+    """Two prompts; plain takes 1 s for 10 tokens, eagle-ps at k = 2 half of it on one prompt."""
+    common = {"temperature": 0.7, "repeat": 0, "prefill_s": 0.1, "commit_s": 0.0, "host_s": 0.0, "repeated_8gram": 1}
+    rows = []
+    for prompt, task, seconds, histogram in (("p", "a", 0.5, "2 1 1"), ("q", "b", 1.0, "4 0 2")):
+        rows.append({**common, "method": "plain", "k": 0, "task": task, "prompt": prompt, "tokens": 10, "rounds": 10,
+                     "histogram": "", "draft_s": 0.0, "verify_s": 1.0, "decode_s": 1.0})  # fmt: skip
+        rows.append({**common, "method": "eagle-ps", "k": 2, "task": task, "prompt": prompt, "tokens": 10,
+                     "rounds": 5, "histogram": histogram, "draft_s": 0.1, "verify_s": seconds - 0.1,
+                     "decode_s": seconds})  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_summary_equals_the_arithmetic():
+    table = measure.summary(by_hand(), "s")
+    assert list(table.columns) == measure.COLUMNS
+    value = table.set_index(["method", "task", "metric"]).value
+    # rounds that accepted 0, 1, 2: 6, 1, 3
+    assert value["eagle-ps", "all", "tokens_per_step"] == pytest.approx(1 + 7 / 10)
+    assert value["eagle-ps", "all", "accepted_per_step"] == pytest.approx(7 / 10)
+    assert value["eagle-ps", "all", "accept_cond_0"] == pytest.approx(4 / 10)
+    assert value["eagle-ps", "all", "accept_cond_1"] == pytest.approx(3 / 4)
+    assert value["eagle-ps", "all", "accept_uncond_1"] == pytest.approx(3 / 10)
+    assert value["eagle-ps", "all", "speedup_vs_plain"] == pytest.approx((20 / 1.5) / (20 / 2))
+    assert value["eagle-ps", "all", "speedup_mean_rate"] == pytest.approx(((20 + 10) / 2) / 10)
+    assert value["eagle-ps", "a", "speedup_vs_plain"] == pytest.approx(2.0)
+    assert value["eagle-ps", "all", "draft_ms"] == pytest.approx(1e3 * 0.2 / 10)
+    assert value["plain", "all", "verify_ms"] == pytest.approx(100)
+    assert value["plain", "all", "repeated_8gram_share"] == pytest.approx(0.1)
+    row = table[(table.task == "all") & (table.metric == "speedup_vs_plain")].iloc[0]
+    assert row.low == pytest.approx(1.0) and row.high == pytest.approx(2.0)  # both draws of one prompt twice occur
+    model = measure.cost_model(table)
+    assert model.predicted[0] == pytest.approx(1.7 * 100 / (20 + 130))
+
+
+def test_unknown_methods_are_refused():
+    target = toys.target()
+    with pytest.raises(UserError, match="unknown method 'eagel'; did you mean eagle"):
+        measure.generate(target, {"eagle": None}, "eagel", [1], Settings())
+
+
+def test_draft_times_cover_every_arm():
+    target = toys.target()
+    drafters = {kind: toys.drafter(kind, target) for kind in ("eagle", "eagle-ps", "medusa")}
+    table = measure.draft_times(target, drafters, [1, toys.K, 99], context=16, repeats=4)
+    assert len(table) == 6 and set(table.k) == {1, toys.K}
+    assert (table.n == 4).all() and (table.low <= table.draft_ms).all() and (table.draft_ms <= table.high).all()
+    assert np.isfinite(table.draft_ms).all()
