@@ -51,6 +51,7 @@ MEASURING = (  # the sources that a measured number comes from
     "measure.py",
 )
 TOKENIZER_BYTES = 60_000_000  # of text that a tokenizer is trained on
+BF16_TESTS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu: dot products in bfloat16
 HELD_ROWS = 256  # held-out rows that are judged while training
 
 
@@ -144,6 +145,22 @@ class Study:
 
         name = self.profile.device
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+    def fastest(self) -> Study:
+        """This study in the number format that its machine is fastest in: bfloat16 where the hardware computes in it.
+
+        For timing. Losslessness is checked in the profile's own format: bfloat16 rounds differently in passes of
+        different lengths.
+        """
+        import torch
+
+        if self.device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = any(getattr(torch.cpu, name, bool)() for name in BF16_TESTS)
+        if not fast:
+            return self
+        return dataclasses.replace(self, profile=dataclasses.replace(self.profile, dtype="bfloat16"), _loaded={})
 
     # --- the machinery of stages --------------------------------------------------------------------------------
 

@@ -31,12 +31,13 @@ def gumbel(seed: int, positions: Tensor, vocab: int, dtype: torch.dtype = torch.
 
 
 class Noise:
-    """Rows of `gumbel` for one generation, made a block of positions at a time."""
+    """Rows of `gumbel` for one generation, made a block of positions at a time; float32 at least."""
 
     BLOCK = 16
 
     def __init__(self, seed: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.seed, self.vocab, self.dtype, self.device = seed, vocab, dtype, device
+        self.seed, self.vocab, self.device = seed, vocab, device
+        self.dtype = torch.promote_types(dtype, torch.float32)
         self._start, self._rows = 0, torch.empty(0, vocab)
 
     def rows(self, start: int, count: int) -> Tensor:
