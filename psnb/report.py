@@ -327,7 +327,9 @@ def where(facts: dict[str, Any]) -> str:
     """The machine, the profile and the version of a run, in one line, from its manifest."""
     machine = facts.get("machine") or {}
     name = manifest.machine_name(machine) if {"gpu", "cpu", "cores"} <= set(machine) else "unknown machine"
-    parts = [f"profile {facts.get('profile', '?')}", name, str(facts.get("dtype", "")), facts.get("started", "")[:10]]
+    timed = facts.get("timing_dtype") or facts.get("dtype")
+    parts = [f"profile {facts.get('profile', '?')}", name, f"timed in {timed}" if timed else ""]
+    parts.append(facts.get("started", "")[:10])
     parts += [f"torch {machine['versions']['torch']}"] if "torch" in machine.get("versions", {}) else []
     return ", ".join(part for part in parts if part)
 

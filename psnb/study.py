@@ -659,6 +659,7 @@ class Study:
                 "title": self.profile.title,
                 "seed": self.profile.seed,
                 "dtype": self.profile.dtype,
+                "timing_dtype": self.fastest().profile.dtype,
                 "device": str(self.device),
                 "revision": manifest.revision(self.root),
                 "machine": manifest.machine(),
