@@ -70,3 +70,13 @@ class KVCache(Cache):
         """Keep the first `length` rows; the others are overwritten by what comes next."""
         for layer in self.layers:
             layer.crop(length)
+
+    def commit(self, held: int, path: Tensor, length: int) -> None:
+        """Of the rows after the first `held` keep those at `path` [r], in this order, and of all the first `length`.
+
+        held 4, path [0, 2, 5], length 7: rows 4, 6, 9 now stand at 4, 5, 6. One gather a layer, of fixed size.
+        """
+        for layer in self.layers:
+            for rows in (layer.keys, layer.values):
+                rows[:, :, held : held + len(path)] = rows[:, :, held + path]
+        self.crop(length)

@@ -1,13 +1,13 @@
 """Decoding: `autoregressive` and `speculative` are siblings with one interface and one result.
 
 One round of `speculative` is draft -> verify -> commit. Positions: x_0 .. x_{L-1} are known, the target's cache holds
-x_0 .. x_{L-2}; a round feeds x_{L-1} and the k drafted tokens, so row j of its logits chooses x_{L+j}.
+x_0 .. x_{L-2}; a round feeds x_{L-1} (the root) and the drafted nodes, so a row of depth d chooses x_{L+d}.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,9 +16,12 @@ from torch import Tensor
 from psnb.cache import KVCache
 from psnb.drafters import Drafter
 from psnb.errors import UserError
+from psnb.profile import nearest
 from psnb.target import Target
-from psnb.verify import Noise, follow, perturb
+from psnb.tree import Candidates, Plan, Shape, Tree
+from psnb.verify import Noise, Verdict, block, perturb, rejection, walk, warp, without_replacement
 
+RULES = ("coupled", "rejection", "block")  # above T = 0, where all are `greedy`
 GRAM = 8  # tokens of a repeat
 PARTS = ("prefill", "draft", "verify", "commit", "host")
 
@@ -27,9 +30,15 @@ PARTS = ("prefill", "draft", "verify", "commit", "host")
 class Settings:
     """What to generate. `temperature` 0 is greedy; above 0 sampling is `coupled` to the seed's noise."""
 
-    k: int = 5
+    k: int = 5  # draft length; in a tree, its depth
+    tree: str = "chain"  # chain, static, best_first or dynamic (see tree.Plan)
+    nodes: int = 0  # of a tree
     temperature: float = 0.7
-    sharpen: float = 1.5  # scale of the drafter's logits beside the shared noise; changes acceptance, never the text
+    top_k: int = 0  # 0: all tokens
+    top_p: float = 1.0
+    rule: str = "coupled"  # how drafts are verified above T = 0: coupled, rejection or block
+    sharpen: float = 1.5  # coupled: scale of the drafter's logits beside the noise; changes acceptance, never the text
+    spread: float = 2.0  # coupled: what a node is worth is a softmax of its perturbed score over `spread`
     max_new_tokens: int = 64
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
@@ -43,6 +52,8 @@ class Round:
     start: int
     drafted: list[int]
     accepted: int
+    parent: list[int] = field(default_factory=list)  # of a tree: rows of the nodes' parents, and the accepted path
+    path: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -118,8 +129,18 @@ def check(target: Target, prompt: Sequence[int], settings: Settings, drafter: Dr
         )
     if max(prompt) >= target.vocab_size or min(prompt) < 0:
         raise UserError(f"the prompt holds a token outside the target's vocabulary of {target.vocab_size}")
+    if settings.rule not in RULES:
+        raise UserError(f"unknown rule {settings.rule!r}; {nearest(settings.rule, RULES)}")
+    if settings.top_k < 0 or not 0 < settings.top_p <= 1:
+        raise UserError(f"top_k = {settings.top_k}, top_p = {settings.top_p}: top_k is 0 or more, top_p in (0, 1]")
     if drafter is None:
         return
+    if settings.rule == "block" and settings.tree != "chain":
+        raise UserError(f"block verification is for chains, not for a {settings.tree} tree: choose coupled or rejection")
+    wrong = "dynamic" if drafter.one_pass else "best_first"
+    if settings.tree == wrong:
+        cure = "best_first" if drafter.one_pass else "dynamic"
+        raise UserError(f"{drafter.spec.kind} does not draft {wrong} trees: choose {cure}, static or chain")
     if settings.k < 1:
         raise UserError(f"k = {settings.k}: a draft has at least one token; use autoregressive for plain decoding")
     if settings.k > drafter.k:
@@ -143,57 +164,113 @@ class _Clock:
         self.last = now
 
 
-def _forward(target: Target, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Feed tokens [r] after what the cache holds: features [1, r, H]."""
+def _forward(target: Target, tokens: Tensor, cache: KVCache, shape: Shape | None = None) -> Tensor:
+    """Feed tokens [r] after what the cache holds, in a row or as a tree with its root: features [1, r, H]."""
     held, r = cache.length, len(tokens)
-    places = torch.arange(held, held + r, device=tokens.device)[None]
-    mask = torch.ones(1, 1, r, held + r, dtype=torch.bool, device=tokens.device).tril(held)
-    return target.features(tokens[None], places, mask, cache)
+    if shape is None:
+        places = torch.arange(held, held + r, device=tokens.device)
+        mask = torch.ones(r, held + r, dtype=torch.bool, device=tokens.device).tril(held)
+    else:
+        places = held + _depths(shape)
+        mask = torch.cat([shape.mask.new_ones(r, held), shape.mask], 1)
+    return target.features(tokens[None], places[None], mask[None, None], cache)
 
 
-def _prefill(
-    target: Target, prompt: Sequence[int], settings: Settings, noise: Noise | None, cache: KVCache
-) -> tuple[Tensor, Tensor]:
-    """Features of the prompt [1, P, H] and the first new token [1]."""
-    features = _forward(target, torch.tensor(prompt, device=target.device), cache)
-    return features, _choose(target.logits(features[0, -1:]), len(prompt), settings, noise)
+def _depths(shape: Shape) -> Tensor:
+    """Depth of the rows: the root's is 0."""
+    return torch.cat([shape.depth.new_zeros(1), shape.depth])
 
 
-def _choose(logits: Tensor, start: int, settings: Settings, noise: Noise | None) -> Tensor:
-    """The choices for the positions start, start + 1, ...: logits [r, V] -> tokens [r]."""
-    rows = noise.rows(start, len(logits)) if noise else None
-    return perturb(logits, settings.temperature, rows).argmax(-1)
+class Sampler:
+    """The rule of one generation: what the target chooses, what the drafter proposes, what is accepted.
 
-
-def _draft_choice(logits: Tensor, start: int, settings: Settings, noise: Noise | None) -> Tensor:
-    """The drafter's guesses at the target's choices, with the noise that the target will use.
-
-    A draft is worth Pr[v is the target's choice | q, G], not q(v). The target's own distribution is sharper than the
-    drafter's estimate of it, so the estimate counts for more beside the noise (`sharpen`; DESIGN section 3).
+    `coupled` shares the target's noise, which is keyed by position. The draws of `rejection` and `block` are keyed by
+    the round (its first new position): they may look beyond what they accept.
     """
-    return _choose(logits * settings.sharpen, start, settings, noise)
 
+    def __init__(self, target: Target, settings: Settings) -> None:
+        self.settings = settings
+        self.rule = settings.rule if settings.temperature else "greedy"
+        self.noise = Noise(settings.seed, target.vocab_size, target.dtype, target.device)
+        self.start = 0  # position of slot 0 of the round
 
-def _noise(target: Target, settings: Settings) -> Noise | None:
-    if settings.temperature == 0:
-        return None
-    return Noise(settings.seed, target.vocab_size, target.dtype, target.device)
+    def warp(self, logits: Tensor) -> Tensor:
+        """logits / T, tokens outside top-k and top-p at -inf."""
+        return warp(logits, self.settings.temperature, self.settings.top_k, self.settings.top_p)
+
+    def worth(self, logits: Tensor, start: int, depth: Tensor | None = None) -> Tensor:
+        """Scores whose arg max is the target's choice for the positions start + depth (0, 1, ... if None): [r, V]."""
+        of = self.settings
+        if of.temperature == 0:
+            return logits
+        noise = self.noise.rows(start, len(logits)) if depth is None else self.noise.rows(start, of.k + 1)[depth]
+        return perturb(logits, of.temperature, noise, of.top_k, of.top_p)
+
+    def choose(self, logits: Tensor, start: int, depth: Tensor | None = None) -> Tensor:
+        """The target's choices: logits [r, V] -> tokens [r]."""
+        return self.worth(logits, start, depth).argmax(-1)
+
+    def propose(self, plan: Plan) -> Callable[[Tensor, slice], Candidates]:
+        """The function that turns a drafter's logits [r, V] of some slots into candidates (see Drafter.draft)."""
+        drawn = self.rule in ("rejection", "block") and plan.kind != "dynamic"
+
+        def candidates(logits: Tensor, slots: slice) -> Candidates:
+            if self.rule == "greedy":
+                worth = logits
+            elif self.rule == "coupled":
+                # A token is worth Pr[it is the target's choice | q, G]. The target's own distribution is sharper than
+                # the drafter's estimate of it, so the estimate counts for more beside the noise.
+                noise = self.noise.rows(self.start + slots.start, slots.stop - slots.start)
+                worth = self.warp(logits * self.settings.sharpen) + noise
+            else:
+                worth = self.warp(logits)
+            if drawn:
+                # The shape may depend on q but not on the draws: ranks are worth the sorted q, tokens are drawn.
+                q = worth.softmax(-1)
+                noise = self.noise.drafts(self.start, plan.k)[slots].expand(len(worth), -1)
+                tokens = without_replacement(worth, noise, plan.width)
+                return Candidates(tokens, q.topk(plan.width).values.log(), q)
+            if plan.width == 1:
+                best = worth.argmax(-1, keepdim=True)
+                return Candidates(best, torch.zeros_like(best, dtype=self.noise.dtype), None)
+            if self.rule == "coupled":
+                worth = worth / self.settings.spread
+            best = worth.to(self.noise.dtype).topk(plan.width)
+            return Candidates(best.indices, best.values - worth.to(self.noise.dtype).logsumexp(-1, keepdim=True), None)
+
+        return candidates
+
+    def verdict(self, tree: Tree, logits: Tensor, plan: Plan) -> Verdict:
+        """What the target makes of a tree, from the logits of its rows [N + 1, V]."""
+        shape, k = tree.shape, plan.k
+        if self.rule in ("greedy", "coupled"):
+            depth = None if plan.kind == "chain" else _depths(shape)
+            return walk(tree.tokens, shape.parent, shape.mask, self.choose(logits, self.start, depth), k)
+        p = self.warp(logits).softmax(-1)
+        uniform, emit = self.noise.accepts(self.start, k, plan.siblings), self.noise.emit(self.start)
+        if self.rule == "block":
+            return block(tree.tokens, p, tree.q, uniform[:, 0], emit)
+        return rejection(tree.tokens, shape.parent, p, tree.q, tree.draw, uniform, emit, k, plan.siblings)
 
 
 @torch.inference_mode()
 def autoregressive(target: Target, prompt: Sequence[int], settings: Settings) -> Generation:
-    """Plain decoding, one target forward a token: the honest baseline. Raises `UserError` (see `check`)."""
+    """Plain decoding, one target forward a token: the honest baseline. Raises `UserError` (see `check`).
+
+    Above T = 0 it samples by the seed's noise, whatever the rule.
+    """
     check(target, prompt, settings)
     result = Generation(list(prompt))
-    stops, noise = Stops(result, settings), _noise(target, settings)
+    stops, sampler = Stops(result, settings), Sampler(target, settings)
     clock = _Clock(target.device, result.seconds)
     cache = KVCache(target.layers, len(prompt) + settings.max_new_tokens)
-    _, token = _prefill(target, prompt, settings, noise, cache)
+    features = _forward(target, torch.tensor(prompt, device=target.device), cache)
+    token = sampler.choose(target.logits(features[0, -1:]), len(prompt))
     stops.add(token.tolist())
     clock.lap("prefill")
     while not stops.done:
         features = _forward(target, token, cache)
-        token = _choose(target.logits(features[0]), cache.length, settings, noise)
+        token = sampler.choose(target.logits(features[0]), cache.length)
         clock.lap("verify")
         stops.add(token.tolist())
         clock.lap("host")
@@ -202,43 +279,47 @@ def autoregressive(target: Target, prompt: Sequence[int], settings: Settings) ->
 
 @torch.inference_mode()
 def speculative(target: Target, drafter: Drafter, prompt: Sequence[int], settings: Settings) -> Generation:
-    """The same tokens as `autoregressive` with the same settings, several a target forward.
+    """What plain decoding gives, several tokens a target forward.
 
-    Raises `UserError` (see `check`).
+    With `greedy` and `coupled` verification the same tokens as `autoregressive` with the same settings, with the other
+    rules tokens of the same distribution. Raises `UserError` (see `check`).
     """
     check(target, prompt, settings, drafter)
-    k = settings.k
     result = Generation(list(prompt))
-    stops, noise = Stops(result, settings), _noise(target, settings)
+    stops, sampler = Stops(result, settings), Sampler(target, settings)
+    plan = Plan(settings.tree, settings.k, settings.nodes, target.vocab_size, device=target.device)
+    chain, propose = plan.kind == "chain", sampler.propose(plan)
     clock = _Clock(target.device, result.seconds)
-    room = len(prompt) + settings.max_new_tokens + k + 1
-    cache, own = KVCache(target.layers, room), KVCache(max(1, drafter.spec.layers), room)
-    features, token = _prefill(target, prompt, settings, noise, cache)
-    known = torch.tensor(prompt, device=target.device)[None]
+    room = len(prompt) + settings.max_new_tokens + plan.nodes + 1
+    cache = KVCache(target.layers, room)
+    own = KVCache(max(1, drafter.spec.layers), room + drafter.k + plan.k * plan.beam)
+    known = torch.tensor(prompt, device=target.device)
+    features = _forward(target, known, cache)
+    token = sampler.choose(target.logits(features[0, -1:]), len(prompt))
     if len(prompt) > 1:  # rows whose next token is in the prompt; the last one waits for the first round
-        drafter.prefill(features[:, :-1], known[:, 1:], own)
+        drafter.prefill(features[:, :-1], known[None, 1:], own)
     features, following = features[:, -1:], token[None]
     stops.add(token.tolist())
     clock.lap("prefill")
     while not stops.done:
-        start = cache.length + 1  # position of slot 0
-        drafted = drafter.draft(
-            features,
-            following,
-            k,
-            lambda logits, slot, at=start: _draft_choice(logits, at + slot, settings, noise),
-            own,
-        )
+        held = cache.length
+        sampler.start = held + 1
+        tree = drafter.draft(features, following, plan, propose, own)
         clock.lap("draft")
-        fed = torch.cat([following[0, -1:], drafted])
-        features = _forward(target, fed, cache)
-        chosen = _choose(target.logits(features[0]), start, settings, noise)
-        accepted = int(follow(drafted, chosen))
+        fed = torch.cat([following[0, -1:], tree.tokens])
+        features = _forward(target, fed, cache, None if chain else tree.shape)
+        path, count, token = sampler.verdict(tree, target.logits(features[0]), plan)
+        accepted = int(count)
         clock.lap("verify")
-        cache.crop(start + accepted)
-        features, following = features[:, : accepted + 1], chosen[None, : accepted + 1]
+        if chain:
+            cache.crop(held + 1 + accepted)
+        else:
+            cache.commit(held, path, held + 1 + accepted)
+        path = path[: accepted + 1]
+        features, following = features[:, path], torch.cat([fed[path[1:]], token[None]])[None]
         clock.lap("commit")
-        result.rounds.append(Round(len(result.tokens), drafted.tolist(), accepted))
-        stops.add(chosen[: accepted + 1].tolist())
+        grown = {} if chain else {"parent": tree.shape.parent.tolist(), "path": path.tolist()}
+        result.rounds.append(Round(len(result.tokens), tree.tokens.tolist(), accepted, **grown))
+        stops.add(following[0].tolist())
         clock.lap("host")
     return result

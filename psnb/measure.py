@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -14,12 +16,12 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from psnb import manifest
 from psnb.cache import KVCache
-from psnb.decode import Generation, Settings, Stops, autoregressive, speculative
+from psnb.decode import Generation, Sampler, Settings, Stops, autoregressive, speculative
 from psnb.drafters import Drafter
 from psnb.errors import UserError
 from psnb.profile import nearest
 from psnb.target import Target
-from psnb.verify import Noise, perturb
+from psnb.tree import Candidates, Plan
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,8 +43,34 @@ COLUMNS = [
 ]
 BASELINES = ("plain", "hf_generate")
 METHODS = (*BASELINES, "medusa", "eagle", "medusa-ps", "eagle-ps")
+ARM = ["method", "tree", "k", "nodes", "rule"]  # what tells one way of decoding from another
 TIE = 1e-4  # two best scores closer than this are a numeric tie (DESIGN, invariant 4)
 BOOTSTRAP = 1000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of decoding: a baseline, or a drafter with its tree and the rule that verifies it above T = 0."""
+
+    method: str
+    k: int = 0
+    tree: str = ""
+    nodes: int = 0
+    rule: str = "coupled"
+
+    def settings(self, **more: Any) -> Settings:
+        return Settings(k=self.k or 1, tree=self.tree or "chain", nodes=self.nodes, rule=self.rule, **more)
+
+
+def chains(lengths: dict[str, list[int]]) -> list[Arm]:
+    """Arms of the given draft lengths by method; `[0]` for the baselines."""
+    return [Arm(method, k, "chain" if k else "", k) for method, ks in lengths.items() for k in ks]
+
+
+def trees(sizes: dict[str, list[list[int]]]) -> list[Arm]:
+    """Arms of the drafters' own best trees, [depth k, nodes N] by method: `eagle` grows its trees, others know them."""
+    own = {"eagle": "dynamic"}
+    return [Arm(method, k, own.get(method, "best_first"), n) for method, pairs in sizes.items() for k, n in pairs]
 
 
 class _Watch(StoppingCriteria):
@@ -104,7 +132,7 @@ def run(
     drafters: dict[str, Drafter],
     prompts: Dataset,
     *,
-    methods: dict[str, list[int]],
+    arms: list[Arm],
     temperatures: Sequence[float],
     max_new_tokens: int,
     repeats: int = 1,
@@ -112,13 +140,13 @@ def run(
     seed: int = 0,
     label: str = "generating",
 ) -> pd.DataFrame:
-    """Generate with every method x draft length x temperature on every prompt: one row a generation.
+    """Generate with every arm x temperature on every prompt: one row a generation.
 
-    methods: name -> draft lengths ([0] for the baselines). Methods are interleaved prompt by prompt, in an order that
+    At T = 0 all rules are one, so of arms that differ in it alone the first runs. Arms are interleaved prompt by prompt, in an order that
     rotates, and share one seed a (prompt, repeat). The first repeat covers all prompts, later ones the first
     `repeat_prompts` of each family (0: all); `hf_generate` runs on those prompts alone, in every repeat.
     """
-    arms = [(method, k) for method, ks in methods.items() for k in ks]
+    greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
     place: dict[str, int] = {}
     timed = set()
@@ -133,28 +161,27 @@ def run(
         if repeat == 0 or record["id"] in timed
     ]
     stop = (target.eos_token_id,) if target.eos_token_id is not None else ()
-    for method, k in arms:  # warm up
-        generate(target, drafters, method, records[0]["input_ids"], Settings(k=k or 1, max_new_tokens=6))
+    for arm in arms:  # warm up
+        generate(target, drafters, arm.method, records[0]["input_ids"], arm.settings(max_new_tokens=6))
     rows = []
     for temperature, repeat, index, record in manifest.progress(plan, len(plan), label):
-        turn = (index + repeat) % len(arms)
-        for method, k in arms[turn:] + arms[:turn]:
-            if method == "hf_generate" and record["id"] not in timed:
+        able = arms if temperature else greedy
+        turn = (index + repeat) % len(able)
+        for arm in able[turn:] + able[:turn]:
+            if arm.method == "hf_generate" and record["id"] not in timed:
                 continue
-            settings = Settings(
-                k=k or 1,
+            settings = arm.settings(
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
                 seed=seed + 7919 * repeat + index,
                 stop_tokens=stop,
             )
-            made = generate(target, drafters, method, record["input_ids"], settings)
-            drafted = method not in BASELINES
-            histogram = np.bincount([r.accepted for r in made.whole_rounds], minlength=k + 1)
+            made = generate(target, drafters, arm.method, record["input_ids"], settings)
+            drafted = arm.method not in BASELINES
+            histogram = np.bincount([r.accepted for r in made.whole_rounds], minlength=arm.k + 1)
             rows.append(
                 {
-                    "method": method,
-                    "k": k,
+                    **dataclasses.asdict(arm),
                     "temperature": temperature,
                     "task": record["family"],
                     "prompt": record["id"],
@@ -187,17 +214,14 @@ def _interval(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def _row(
-    stage: str, method: str, k: int, temperature: float, metric: str, value: float, n: int, unit: str
+    stage: str, arm: Sequence[Any], temperature: float, metric: str, value: float, n: int, unit: str
 ) -> dict[str, object]:
-    """A line of summary.csv over all tasks, without an interval."""
-    shape = {
-        "tree": "chain" if k else "",
-        "k": k or None,
-        "nodes": k or None,
-        "task": "all",
-        "temperature": temperature,
-    }
-    return {"stage": stage, "method": method, **shape, "metric": metric, "value": value, "n": n, "unit": unit}
+    """A line of summary.csv over all tasks, without an interval. Rules other than `coupled` prefix the metric."""
+    method, tree, k, nodes, rule = arm
+    shape = {"method": method, "tree": tree, "k": k or None, "nodes": nodes or None}
+    metric = metric if rule == "coupled" else f"{rule}_{metric}"
+    about = {"task": "all", "temperature": temperature, "metric": metric}
+    return {"stage": stage, **shape, **about, "value": value, "n": n, "unit": unit}
 
 
 def _histograms(part: pd.DataFrame, k: int) -> np.ndarray:
@@ -206,7 +230,7 @@ def _histograms(part: pd.DataFrame, k: int) -> np.ndarray:
 
 
 def summary(runs: pd.DataFrame, stage: str) -> pd.DataFrame:
-    """Every metric of `run`'s rows in the columns of summary.csv, by method x k x temperature x task and all.
+    """Every metric of `run`'s rows in the columns of summary.csv, by arm x temperature x task and all.
 
     A value is a ratio of sums (tokens / seconds, accepted / tried); its interval resamples prompts. Speedups pair the
     same prompts and repeats: `speedup_vs_plain` is the ratio of total tokens / total decode time,
@@ -214,19 +238,18 @@ def summary(runs: pd.DataFrame, stage: str) -> pd.DataFrame:
     """
     rows: list[dict[str, object]] = []
     runs = runs.assign(rate=runs["tokens"] / runs["decode_s"])
-    keys = ["method", "k", "temperature"]
     for task in [*sorted(runs["task"].unique()), "all"]:
         of_task = runs if task == "all" else runs[runs["task"] == task]
         baselines = {
             (method, t): part.set_index(["prompt", "repeat"])
             for (method, t), part in of_task[of_task["method"].isin(BASELINES)].groupby(["method", "temperature"])
         }
-        for (method, k, temperature), part in of_task.groupby(keys, sort=False):
+        for (*arm, temperature), part in of_task.groupby([*ARM, "temperature"], sort=False):
             with np.errstate(divide="ignore", invalid="ignore"):
-                for metric, values, n, unit in _metrics(part, method, int(k), baselines, temperature):
+                for metric, values, n, unit in _metrics(part, arm[0], int(arm[2]), baselines, temperature):
                     value, low, high = _interval(values)
                     if np.isfinite(value):
-                        row = _row(stage, method, k, temperature, metric, value, n, unit)
+                        row = _row(stage, arm, temperature, metric, value, n, unit)
                         rows.append({**row, "task": task, "low": low, "high": high})
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -274,25 +297,22 @@ def gap(target: Target, prefix: Sequence[int], settings: Settings) -> float:
     """How far apart the two best (perturbed) scores of the next token after `prefix` lie."""
     ids = torch.tensor([list(prefix)], device=target.device)
     features = target.features(ids, torch.arange(ids.shape[1], device=target.device)[None], None)
-    noise = None
-    if settings.temperature:
-        noise = Noise(settings.seed, target.vocab_size, target.dtype, target.device).rows(len(prefix), 1)
-    best = perturb(target.logits(features[0, -1:]), settings.temperature, noise).topk(2).values[0]
+    best = Sampler(target, settings).worth(target.logits(features[0, -1:]), len(prefix)).topk(2).values[0]
     return (best[0] - best[1]).item()
 
 
 def lossless(runs: pd.DataFrame, target: Target, prompts: Dataset, stage: str) -> pd.DataFrame:
     """Compare every drafter's output with plain decoding's, token for token: counts in the columns of summary.csv.
 
-    A difference where the two best scores lie within TIE is a numeric tie, any other a mismatch; what follows a
+    For `greedy` and `coupled` verification: the other rules promise the distribution, not the tokens. A difference where the two best scores lie within TIE is a numeric tie, any other a mismatch; what follows a
     difference is not compared.
     """
     prompt_ids = {record["id"]: list(record["input_ids"]) for record in prompts}
     same = ["prompt", "repeat", "temperature"]
     plain = runs[runs["method"] == "plain"].set_index(same)["output"]
     rows: list[dict[str, object]] = []
-    drafted = runs[~runs["method"].isin(BASELINES)]
-    for (method, k, temperature), part in drafted.groupby(["method", "k", "temperature"], sort=False):
+    drafted = runs[~runs["method"].isin(BASELINES) & ((runs["rule"] == "coupled") | (runs["temperature"] == 0))]
+    for (*arm, temperature), part in drafted.groupby([*ARM, "temperature"], sort=False):
         compared = ties = mismatches = 0
         for line in part.itertuples():
             ours = [int(t) for t in line.output.split()]
@@ -309,7 +329,7 @@ def lossless(runs: pd.DataFrame, target: Target, prompts: Dataset, stage: str) -
         kind = "greedy_mismatches" if temperature == 0 else "coupled_mismatches"
         for metric, value in ((kind, mismatches), ("numeric_ties", ties), ("tokens_compared", compared)):
             unit = "tokens" if metric == "tokens_compared" else "count"
-            rows.append(_row(stage, method, k, temperature, metric, value, part["prompt"].nunique(), unit))
+            rows.append(_row(stage, arm, temperature, metric, value, part["prompt"].nunique(), unit))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -330,10 +350,16 @@ def draft_times(
         caches[name] = KVCache(max(1, drafter.spec.layers), context + 16 + max(ks))
         drafter.prefill(features[:, :context], ids[:, :context], caches[name])
     taken: dict[tuple[str, int], list[float]] = {arm: [] for arm in arms}
+    plans = {k: Plan("chain", k, k, target.vocab_size, device=target.device) for k in ks}
+
+    def choose(logits: torch.Tensor, slots: slice) -> Candidates:
+        best = logits.argmax(-1, keepdim=True)
+        return Candidates(best, best, None)
+
     for turn in range(repeats + 3):
         for name, k in arms:
             began = time.perf_counter()
-            drafters[name].draft(features[:, -2:], ids[:, -2:], k, lambda logits, slot: logits.argmax(-1), caches[name])
+            drafters[name].draft(features[:, -2:], ids[:, -2:], plans[k], choose, caches[name])
             if target.device.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= 3:  # the first ones warm up
@@ -350,19 +376,21 @@ def draft_times(
 def cost_model(rows: pd.DataFrame) -> pd.DataFrame:
     """speedup = tokens_per_step * t_plain / (t_draft + t_verify + t_rest), beside the measured one.
 
-    rows: summary.csv's, of one stage, task `all`. Returns method, k, temperature, tokens_per_step, plain_ms, draft_ms,
+    rows: summary.csv's, of one stage, task `all`. Returns method, tree, k, nodes, temperature, tokens_per_step, plain_ms, draft_ms,
     verify_ms, rest_ms, measured, predicted.
     """
     rows = rows[rows["task"] == "all"]
-    wide = rows.pivot_table(index=["method", "k", "temperature"], columns="metric", values="value", dropna=False)
+    shape = ["method", "tree", "k", "nodes", "temperature"]
+    wide = rows.pivot_table(index=shape, columns="metric", values="value")
     plain = rows[rows["method"] == "plain"].pivot_table(index="temperature", columns="metric", values="value")
     made = []
-    for (method, k, temperature), line in wide.dropna(subset=["tokens_per_step"]).iterrows():
+    for at, line in wide.dropna(subset=["tokens_per_step"]).iterrows():
+        temperature = at[-1]
         plain_ms = plain.loc[temperature, ["verify_ms", "commit_ms", "host_ms"]].sum()
         rest = line["commit_ms"] + line["host_ms"]
         step = line["draft_ms"] + line["verify_ms"] + rest
         made.append(
-            {"method": method, "k": int(k), "temperature": temperature, "tokens_per_step": line["tokens_per_step"],
+            {**dict(zip(shape, at, strict=True)), "tokens_per_step": line["tokens_per_step"],
                  "plain_ms": plain_ms, "draft_ms": line["draft_ms"], "verify_ms": line["verify_ms"], "rest_ms": rest,
                  "measured": line["speedup_vs_plain"], "predicted": line["tokens_per_step"] * plain_ms / step}
         )  # fmt: skip

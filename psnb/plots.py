@@ -444,7 +444,7 @@ def coloured(generation: Generation, tokenizer: Any) -> HTML:
 
     A token's tooltip names its round and slot.
     """
-    slots = max([len(r.drafted) for r in generation.rounds] or [0])
+    slots = max([r.accepted if r.parent else len(r.drafted) for r in generation.rounds] or [0])
     colours, pieces = slot_colours(slots), _pieces(tokenizer, generation.tokens)
     counts, place = [0] * slots, {}
     for number, one in enumerate(generation.rounds):

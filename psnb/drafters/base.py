@@ -12,8 +12,9 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from psnb.profile import DrafterSpec
 from psnb.target import Target
+from psnb.tree import Candidates, Plan, Tree
 
-Choose = Callable[[Tensor, int], Tensor]  # (logits [r, V], first slot) -> the tokens drafted for these r slots [r]
+Choose = Callable[..., Candidates]  # (logits [r, V] of slots first, first + 1, ... or all of one slot) -> candidates
 
 
 class Drafter(nn.Module):
@@ -23,6 +24,7 @@ class Drafter(nn.Module):
     `d + first_slot`; slot i of anchor t is x_{t+2+i}, whose distribution the target gives at position t + 1 + i.
     """
 
+    one_pass = True  # all slots from one forward, so `marginals` exists
     first_slot = 0  # slot of the real row; -1 where it drafts nothing
 
     def __init__(self, spec: DrafterSpec, target: Target) -> None:
@@ -53,12 +55,19 @@ class Drafter(nn.Module):
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
         """Decoding: put the real rows of features [1, m, H] and next_ids [1, m] into `cache`; draft nothing."""
 
-    def draft(self, features: Tensor, next_ids: Tensor, k: int, choose: Choose, cache: Any) -> Tensor:
-        """Decoding: add real rows (features [1, m, H], next_ids [1, m]) and draft k tokens [k] after the last of them.
+    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any) -> Tensor:
+        """Decoding: add real rows (features [1, m, H], next_ids [1, m]); logits [k, V] of the k slots after the last.
 
-        `choose` turns logits into tokens. `cache` then holds the real rows alone.
+        `cache` then holds the real rows alone.
         """
         raise NotImplementedError
+
+    def draft(self, features: Tensor, next_ids: Tensor, plan: Plan, choose: Choose, cache: Any) -> Tree:
+        """Decoding: add real rows and draft the tree of `plan` after the last of them, in one pass.
+
+        `choose` turns logits into candidates. `cache` then holds the real rows alone.
+        """
+        return plan(choose(self.marginals(features, next_ids, plan.k, cache), slice(0, plan.k)))
 
 
 class Layers(nn.Module):
@@ -93,9 +102,18 @@ class Layers(nn.Module):
             hidden = layer(hidden, attention_mask=mask, position_embeddings=angles, past_key_values=cache)
         return self.norm(hidden)
 
-    def extend(self, hidden: Tensor, cache: Any) -> Tensor:
-        """Decoding: rows [1, r, H] that follow the cached ones, each seeing the cache and the rows up to itself."""
+    def extend(self, hidden: Tensor, cache: Any, seen: Tensor | None = None, ahead: int = 0) -> Tensor:
+        """Decoding: rows [1, r, H] that follow the cached ones.
+
+        Each sees the cache and the rows up to itself. With `seen`, bool [r, s], they are nodes of one level of a tree:
+        they see every row but the last s, of those what `seen` says, and all stand `ahead` places after the former.
+        """
         held, r = cache.length, hidden.shape[1]
+        if seen is not None:
+            real = held + r - seen.shape[1]
+            place = torch.full((1, r), real + ahead, device=hidden.device)
+            mask = torch.cat([seen.new_ones(r, real), seen], 1)[None, None]
+            return self(hidden, place, mask, cache)
         place = torch.arange(held, held + r, device=hidden.device)[None]
         mask = None
         if r > 1:

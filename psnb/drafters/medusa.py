@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psnb.drafters.base import Choose, Drafter
+from psnb.drafters.base import Drafter
 from psnb.profile import DrafterSpec
 from psnb.target import Target
 
@@ -36,6 +36,6 @@ class Medusa(Drafter):
     def logits(self, hidden: Tensor, slot: int) -> Tensor:
         return self.project[slot](hidden + F.silu(self.residual[slot](hidden)))
 
-    def draft(self, features: Tensor, next_ids: Tensor, k: int, choose: Choose, cache: Any) -> Tensor:
+    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any) -> Tensor:
         last = features[0, -1:]
-        return choose(torch.cat([self.logits(last, slot) for slot in range(k)]), 0)
+        return torch.cat([self.logits(last, slot) for slot in range(k)])

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Choose, Drafter, Layers, start_norm
+from psnb.drafters.base import Drafter, Layers, start_norm
 from psnb.drafters.eagle import Eagle
 from psnb.profile import DrafterSpec
 from psnb.target import Target
@@ -40,12 +40,12 @@ class Parallel(Drafter):
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
         self.body.extend(self.real(features, next_ids), cache)
 
-    def draft(self, features: Tensor, next_ids: Tensor, k: int, choose: Choose, cache: Any) -> Tensor:
+    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any) -> Tensor:
         masks = k - 1 - self.first_slot
         inputs = torch.cat([self.real(features, next_ids), self.mask_inputs()[None, :masks]], 1)
         hidden = self.body.extend(inputs, cache)[0, -k:]
         cache.crop(cache.length - masks)
-        return choose(self.logits(hidden, 0), 0)
+        return self.logits(hidden, 0)
 
 
 class EaglePS(Parallel):

@@ -1,0 +1,198 @@
+"""Draft trees: which nodes to draft and how they hang together. Tensors of fixed size, no model inside.
+
+Rows of a verification pass: row 0 is the root (the last known token), row i + 1 is node i. A parent stands before its
+children, and siblings stand in the order in which they are tried. `parent` holds rows, `depth` counts from 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from psnb.errors import UserError
+from psnb.profile import nearest
+
+KINDS = ("chain", "static", "best_first", "dynamic")
+# Rank paths in the order in which Medusa's calibration added them (mc_sim_7b_63 of FasterDecoding/Medusa): the first N
+# are its tree of N nodes.
+MEDUSA = (
+    "0 00 1 01 2 000 10 02 3 03 4 04 20 05 001 5 06 6 07 010 11 7 08 002 30 09 8 9 100 020 12 003 40 21 004 005 0000 "
+    "011 006 030 50 13 007 008 009 60 040 14 70 012 200 31 22 80 050 15 101 021 90 060 0001 16 070"
+)
+# EAGLE-1's 25 nodes (SafeAILab/EAGLE, choices.py).
+EAGLE = "0 1 2 3 00 01 02 10 11 20 21 30 000 001 002 010 011 020 021 100 0000 0001 0002 00000 00001"
+
+
+class Candidates(NamedTuple):
+    """What r rows of the drafter propose, W tokens each."""
+
+    tokens: Tensor  # [r, W], in the order in which they are tried
+    scores: Tensor  # [r, W], descending: log of what a token is worth to the verifier
+    q: Tensor | None  # [r, V]: the distribution that the tokens were drawn from without replacement; None: not drawn
+
+
+class Shape(NamedTuple):
+    """A tree without its tokens: N nodes."""
+
+    parent: Tensor  # [N] row of the parent
+    depth: Tensor  # [N] 1, 2, ...
+    rank: Tensor  # [N] which candidate of its parent's row (or slot) a node is
+    mask: Tensor  # bool [N + 1, N + 1]: a row sees itself and its ancestors
+
+
+class Tree(NamedTuple):
+    """A draft: N nodes with their tokens."""
+
+    tokens: Tensor  # [N]
+    shape: Shape
+    q: Tensor | None  # [Q, V], see Candidates
+    draw: Tensor  # [N] the row of q that a node was drawn from
+
+
+def ancestry(parent: Tensor, depth: int) -> Tensor:
+    """parent [N] -> bool [N + 1, N + 1], True where a row sees a row: itself and its ancestors, at most `depth` up.
+
+    parent [0, 0, 1] (two children of the root, one of the first):
+
+        root  1 0 0 0
+        0     1 1 0 0
+        1     1 0 1 0
+        2     1 1 0 1
+    """
+    up = torch.cat([parent.new_zeros(1), parent])
+    rows = torch.arange(len(up), device=parent.device)
+    mask = rows[:, None] == rows[None, :]
+    at = rows
+    for _ in range(depth):
+        at = up[at]
+        mask[rows, at] = True
+    return mask
+
+
+def paths(kind: str, k: int, nodes: int) -> list[tuple[int, ...]]:
+    """Rank paths of a tree whose shape is known beforehand: a chain of k, or a published static tree.
+
+    `static` with 25 nodes is EAGLE-1's tree, with N <= 63 nodes the first N of Medusa's; 64 adds the path 00000.
+    Raises `UserError` for sizes that are not there, and for trees deeper than k.
+    """
+    if kind == "chain":
+        return [(0,) * (d + 1) for d in range(k)]
+    words = EAGLE.split() if nodes == 25 else [*MEDUSA.split(), "00000"][:nodes]
+    if not 1 <= nodes <= 64:
+        raise UserError(f"a static tree has 1 to 64 nodes, not {nodes}: choose nodes in that range")
+    deepest = max(map(len, words))
+    if deepest > k:
+        raise UserError(f"the static tree of {nodes} nodes is {deepest} deep, the draft {k}: raise k or lower nodes")
+    return [tuple(map(int, word)) for word in words]
+
+
+def fixed(ranks: Sequence[tuple[int, ...]], device: torch.device | str = "cpu") -> Shape:
+    """The shape with the given rank paths: (0,), (1,), (0, 0) is a root with two children, the first of which has one.
+
+    Nodes stand level by level. Raises `UserError` where a node lacks its parent or an earlier sibling.
+    """
+    order = sorted(set(ranks), key=lambda path: (len(path), path))
+    row = {(): 0, **{path: i + 1 for i, path in enumerate(order)}}
+    for path in order:
+        before = path[:-1] + (path[-1] - 1,)
+        if path[:-1] not in row or (path[-1] and before not in row):
+            raise UserError(f"tree path {path} lacks its parent or an earlier sibling: add them")
+    parent = torch.tensor([row[path[:-1]] for path in order], device=device)
+    depth = torch.tensor([len(path) for path in order], device=device)
+    rank = torch.tensor([path[-1] for path in order], device=device)
+    return Shape(parent, depth, rank, ancestry(parent, max(map(len, order))))
+
+
+class BestFirst:
+    """The best tree of N nodes from k slots that do not depend on each other: known after one pass of the drafter.
+
+    A node is worth the product of its path's slot scores; no tree of N nodes holds more in sum. Level by level the N
+    best paths are kept: with paths and candidates in descending order only pairs (i, r) with (i + 1)(r + 1) <= N can
+    be among them. Stable sorts keep parents before children, and siblings in order, also among equal scores.
+    """
+
+    def __init__(self, k: int, nodes: int, width: int, device: torch.device | str = "cpu") -> None:
+        self.k, self.nodes = k, nodes
+        self.levels: list[tuple[Tensor, Tensor]] = []  # of each level after the first: (path of the level above, rank)
+        sizes = [min(nodes, width)]
+        for _ in range(1, k):
+            pairs = [(i, r) for i in range(sizes[-1]) for r in range(width) if (i + 1) * (r + 1) <= nodes]
+            self.levels.append(tuple(torch.tensor(part, device=device) for part in zip(*pairs, strict=True)))
+            sizes.append(min(nodes, len(pairs)))
+        self.first = torch.arange(sizes[0], device=device)
+        self.depth = torch.arange(1, k + 1, device=device).repeat_interleave(torch.tensor(sizes, device=device))
+        self.above = [0, *torch.tensor(sizes).cumsum(0).tolist()]  # where each level starts
+        self.rows = torch.arange(1, nodes + 1, device=device)
+        if self.above[-1] < nodes:
+            raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {self.above[-1]} nodes there are")
+
+    def __call__(self, scores: Tensor) -> Shape:
+        """scores [k, W] of the slots' candidates, descending -> the shape of the N best nodes."""
+        size = len(self.first)
+        best, ranks, parents = [scores[0, :size]], [self.first], [torch.full_like(self.first, -1)]
+        for level, (i, r) in enumerate(self.levels, start=1):
+            values = best[-1][i] + scores[level, r]
+            order = values.argsort(descending=True, stable=True)[: self.nodes]
+            best.append(values[order])
+            ranks.append(r[order])
+            parents.append(i[order] + self.above[level - 1])
+        order = torch.cat(best).argsort(descending=True, stable=True)[: self.nodes]
+        row = torch.zeros(self.above[-1] + 1, dtype=torch.long, device=scores.device)  # the last: the root's, 0
+        row[order] = self.rows
+        parent = row[torch.cat(parents)[order]]
+        return Shape(parent, self.depth[order], torch.cat(ranks)[order], ancestry(parent, self.k))
+
+
+class Plan:
+    """How a draft is laid out, made once a generation: `plan(candidates)` builds the tree of a one-pass drafter.
+
+    `chain`: k nodes in a row. `static`: published rank paths. `best_first`: the N best nodes of k slots. `dynamic`:
+    what an autoregressive drafter grows, EAGLE-2's way: at each of k levels the `beam` best nodes are expanded by
+    their `beam` best tokens, and the N best of all stay.
+    """
+
+    def __init__(
+        self, kind: str, k: int, nodes: int, vocab: int, beam: int = 8, device: torch.device | str = "cpu"
+    ) -> None:
+        if kind not in KINDS:
+            raise UserError(f"unknown tree {kind!r}; {nearest(kind, KINDS)}")
+        if kind != "chain" and nodes < 1:
+            raise UserError(f"a {kind} tree needs its number of nodes: set nodes to 1 or more")
+        self.kind, self.k = kind, k
+        self.beam = min(beam, vocab)
+        self.shape: Shape | None = None
+        if kind in ("chain", "static"):
+            self.shape = fixed(paths(kind, k, nodes), device)
+            self.nodes, self.width = len(self.shape.rank), int(self.shape.rank.max()) + 1
+            self.siblings, self.k = self.width, int(self.shape.depth.max())
+        elif kind == "best_first":
+            self.nodes, self.width, self.siblings = nodes, min(nodes, vocab), min(nodes, vocab)
+            self.builder = BestFirst(k, nodes, self.width, device)
+        else:
+            most = self.beam * (1 + (k - 1) * self.beam)
+            if nodes > most:
+                raise UserError(f"a dynamic tree of k = {k} has at most {most} nodes, not {nodes}: raise k")
+            self.nodes, self.width, self.siblings = nodes, self.beam, self.beam
+        self.levels = self._levels() if self.shape else []
+
+    def _levels(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of a fixed shape, by level: each node's (parent among the rows expanded above, rank), and which are expanded."""
+        shape, expanded, made = self.shape, [0], []
+        rows = torch.arange(1, self.nodes + 1)
+        for depth in range(1, self.k + 1):
+            here = (shape.depth.cpu() == depth).nonzero()[:, 0]
+            of = torch.tensor([expanded.index(p) for p in shape.parent[here].tolist()])
+            keep = [i for i, row in enumerate(rows[here].tolist()) if row in shape.parent.tolist()]
+            expanded = rows[here][keep].tolist()
+            device = shape.rank.device
+            made.append((of.to(device), shape.rank[here.to(device)], torch.tensor(keep, dtype=torch.long).to(device)))
+        return made
+
+    def __call__(self, candidates: Candidates) -> Tree:
+        """The draft of a one-pass drafter: candidates of k slots [k, W] -> N nodes."""
+        shape = self.shape or self.builder(candidates.scores)
+        slot = shape.depth - 1
+        return Tree(candidates.tokens[slot, shape.rank], shape, candidates.q, slot)

@@ -1,0 +1,125 @@
+"""Draft trees: shapes, ancestry, and the best tree against exhaustive search."""
+
+import itertools
+
+import pytest
+import torch
+
+from psnb import tree
+from psnb.errors import UserError
+from psnb.tree import BestFirst, Candidates, Plan
+
+
+def rank_paths(shape):
+    """Each node's rank path, by walking up: slow and obviously right."""
+    found = []
+    for node in range(len(shape.parent)):
+        path, row = [], node + 1
+        while row:
+            path.append(int(shape.rank[row - 1]))
+            row = int(shape.parent[row - 1])
+        found.append(tuple(reversed(path)))
+    return found
+
+
+def check(shape):
+    """What every tree owes: parents first, siblings in order and without gaps, depth, mask."""
+    found = rank_paths(shape)
+    assert len(set(found)) == len(found)
+    for node, path in enumerate(found):
+        assert int(shape.depth[node]) == len(path)
+        assert path[:-1] == () or found.index(path[:-1]) < node
+        assert not path[-1] or found.index((*path[:-1], path[-1] - 1)) < node
+        sees = {row for row in range(len(found) + 1) if shape.mask[node + 1, row]}
+        assert sees == {0, *(found.index(path[:d]) + 1 for d in range(1, len(path) + 1))}
+    assert shape.mask[0].tolist() == [True] + [False] * len(found)
+    return found
+
+
+def test_the_worked_example_of_ancestry():
+    expected = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
+    assert tree.ancestry(torch.tensor([0, 0, 1]), 2).int().tolist() == expected
+
+
+@pytest.mark.parametrize(("kind", "k", "nodes"), [("chain", 5, 0), ("static", 5, 25), ("static", 4, 63)])
+def test_fixed_shapes_hold_their_paths(kind, k, nodes):
+    wanted = tree.paths(kind, k, nodes)
+    found = check(tree.fixed(wanted))
+    assert sorted(found) == sorted(wanted) and len(found) == (nodes or k)
+
+
+@pytest.mark.parametrize("nodes", range(1, 65))
+def test_every_size_of_the_static_tree_is_a_tree(nodes):
+    assert len(check(tree.fixed(tree.paths("static", 5, nodes)))) == nodes
+
+
+def test_published_shapes_are_whole():
+    """Counts by depth of Medusa's 63 and EAGLE's 25 nodes, as their papers draw them."""
+    assert [sum(len(w) == d for w in tree.MEDUSA.split()) for d in (1, 2, 3, 4)] == [10, 28, 23, 2]
+    assert [sum(len(w) == d for w in tree.EAGLE.split()) for d in (1, 2, 3, 4, 5)] == [4, 8, 8, 3, 2]
+
+
+def scores(k, width, seed, ties=False):
+    values = torch.randn(k, width, generator=torch.Generator().manual_seed(seed)).double() * 2
+    values = (values * 2).round() / 2 if ties else values
+    return values.log_softmax(-1).sort(descending=True).values
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("k", "width", "nodes"), [(1, 6, 6), (2, 5, 7), (3, 4, 4), (3, 6, 16), (4, 4, 32), (5, 3, 9)])
+def test_best_first_is_optimal(k, width, nodes, ties):
+    """Exhaustive: the N best of all paths. As a child is never worth more than its parent they form a tree."""
+    for seed in range(20):
+        given = scores(k, width, seed, ties)
+        found = check(BestFirst(k, nodes, width)(given))
+        every = [p for d in range(1, k + 1) for p in itertools.product(range(width), repeat=d)]
+        worth = {path: sum(given[d, r].item() for d, r in enumerate(path)) for path in every}
+        best = sorted(worth.values(), reverse=True)[:nodes]
+        torch.testing.assert_close(
+            torch.tensor(sorted((worth[p] for p in found), reverse=True)), torch.tensor(best), rtol=1e-9, atol=1e-9
+        )
+
+
+def test_best_first_survives_impossible_tokens():
+    given = torch.full((3, 8), -torch.inf)
+    given[:, 0] = 0.0
+    assert set(check(BestFirst(3, 8, 8)(given))) >= {(0,), (0, 0), (0, 0, 0)}
+
+
+def test_a_plan_puts_the_candidates_in_place():
+    tokens = torch.arange(40).view(4, 10)
+    made = Plan("static", 4, 12, vocab=99)(Candidates(tokens, torch.zeros(4, 10), None))
+    for node, path in enumerate(rank_paths(made.shape)):
+        assert made.tokens[node] == tokens[len(path) - 1, path[-1]] and made.draw[node] == len(path) - 1
+
+
+def test_levels_of_a_fixed_plan_say_what_is_expanded():
+    """Walking level by level with (parent among the expanded, rank) rebuilds the paths."""
+    plan = Plan("static", 5, 25, vocab=99)
+    above, found = [()], []
+    for of, rank, keep in plan.levels:
+        here = [above[int(o)] + (int(r),) for o, r in zip(of, rank, strict=True)]
+        found += here
+        above = [here[i] for i in keep.tolist()]
+    assert found == rank_paths(plan.shape) and above == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("chian", 5, 0), "did you mean chain"),
+        (("static", 5, 65), "1 to 64 nodes"),
+        (("static", 3, 63), "4 deep"),
+        (("best_first", 5, 0), "number of nodes"),
+        (("best_first", 1, 50), "larger k or vocabulary"),
+        (("dynamic", 1, 20), "at most 8 nodes"),
+    ],
+)
+def test_impossible_trees_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Plan(*arguments, vocab=40)
+
+
+def test_paths_without_a_parent_are_refused():
+    with pytest.raises(UserError, match="lacks its parent"):
+        tree.fixed([(0,), (1, 0)])
