@@ -240,10 +240,9 @@ def test_agreement_is_always_accepted_and_rounding_leaves_a_token():
     one = torch.eye(50)[tokens]  # a target that is sure of the drafted tokens
     sure = verify.rejection(tokens, parent, torch.cat([one, p[4:]]), None, None, near, emit, 4, 1)
     assert sure.count == 4
-    siblings = verify.rejection(
-        torch.arange(50), torch.zeros(50).long(), p, None, None, over.expand(1, 50), emit, 1, 50
-    )
-    assert siblings.count == 0 and siblings.token == p[0].argmax()  # all tried, all refused
+    even, all_of = torch.full((9, 8), 1 / 8), torch.arange(8)
+    refused = verify.rejection(all_of, 0 * all_of, even, None, None, over[:1].expand(1, 8), emit[:8], 1, 8)
+    assert refused.count == 0 and refused.token == 0  # all tokens were tried: p stays
 
 
 def test_nothing_waits_for_the_device():
