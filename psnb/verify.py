@@ -218,7 +218,7 @@ def rejection(
     order = torch.arange(width, device=tokens.device)[:, None]
     tokens, draw = torch.cat([tokens[:1], tokens]), torch.cat([draw[:1], draw])  # by row; the root's are not used
     row = torch.zeros(1, dtype=torch.long, device=tokens.device)
-    live, path, rest = row == 0, [row], p[0]
+    live, path = row == 0, [row]
     for d in range(depth):
         children = torch.where((parent == row) & (rank == order), rows, 0).amax(-1)  # [width], 0: there is none
         guess = q.index_select(0, draw.index_select(0, children[:1]))[0]
@@ -237,12 +237,11 @@ def rejection(
             left = torch.addcmul(left, guess, scale[r] * totals[r], value=-1).relu()
         hit = (uniform[d] * given * scale * torch.cat(totals) < torch.cat(wanted)) & (given > 0)
         first = children.index_select(0, hit.to(torch.uint8).argmax(0, keepdim=True))
-        rest = torch.where(live, left, rest)
         live = live & hit.any()
         row = torch.where(live, first, row)
         path.append(row)
     path, last = torch.cat(path), p.index_select(0, row)[0]
-    token = _sample(torch.where(live, last, rest), last, emit)
+    token = _sample(torch.where(live, last, left), last, emit)  # where the path ended early, left is still that row's
     return Verdict(path, (path[1:] != path[:-1]).sum(), token)
 
 
@@ -292,8 +291,8 @@ def block(tokens: Tensor, p: Tensor, q: Tensor, uniform: Tensor, emit: Tensor) -
     # nothing was drafted after the chain: with q = 0 there, S_k = w_k and h_k = w_k / (w_k + 1 - w_k), as it should be
     rest = (weight * p - torch.cat([q, torch.zeros_like(q[:1])])).relu()
     total = rest.sum(-1)
-    # S_i = 0 with w_i = 1: p equals q next, no token can end there, any h_i serves
-    holds = torch.where(total > 0, total / (total + 1 - weight[:, 0]), weight[:, 0].floor())[1:]
+    # S_i = 0 with w_i = 1: p equals q next, a later token is accepted for sure, any h_i serves
+    holds = (total / (total + 1 - weight[:, 0]).clamp(min=1e-30))[1:]
     steps = torch.arange(k + 1, device=tokens.device)
     count = torch.where(uniform <= holds, steps[1:], 0).amax(0, keepdim=True)
     token = _sample(rest.index_select(0, count)[0], p.index_select(0, count)[0], emit)
