@@ -152,15 +152,6 @@ def without_replacement(logits: Tensor, noise: Tensor, width: int) -> Tensor:
 # --- verifiers ------------------------------------------------------------------------------------------------------
 
 
-def follow(drafted: Tensor, chosen: Tensor) -> Tensor:
-    """How many drafted tokens are accepted: drafted [k], the target's choices chosen [k + 1] -> int tensor 0..k.
-
-    This is `greedy` and `coupled` alike (the choices differ): accept while the draft equals the choice, then emit the
-    choice. drafted [5, 7, 9], chosen [5, 7, 2, 4] -> 2, and chosen[2] = 2 is emitted.
-    """
-    return (drafted == chosen[:-1]).long().cumprod(0).sum()
-
-
 def walk(tokens: Tensor, parent: Tensor, mask: Tensor, chosen: Tensor, depth: int) -> Verdict:
     """`greedy` and `coupled`: follow the child that equals the target's choice, emit the choice where none does.
 
@@ -177,23 +168,12 @@ def walk(tokens: Tensor, parent: Tensor, mask: Tensor, chosen: Tensor, depth: in
     return Verdict(path, level.index_select(0, last)[0], chosen.index_select(0, last)[0])
 
 
-def _normalised(weights: Tensor, otherwise: Tensor) -> Tensor:
-    """weights / their sum [V]; `otherwise` where that sum is 0."""
-    total = weights.sum(-1, keepdim=True)
-    return torch.where(total > 0, weights / total, otherwise)
+def _sample(weights: Tensor, otherwise: Tensor, emit: Tensor) -> Tensor:
+    """A draw in proportion to weights [V], with Gumbel noise emit [V]: [].
 
-
-def _residual(p: Tensor, q: Tensor) -> Tensor:
-    """norm(max(0, p - q)) [V]: what the target still wants once a draw of q was rejected.
-
-    Where nothing is left p equals q, and only rounding can have rejected: p stays.
+    max(0, p - q) is 0 everywhere if p equals q and rounding alone has rejected: then it is drawn from `otherwise`.
     """
-    return _normalised((p - q).relu(), p)
-
-
-def _sample(weights: Tensor, emit: Tensor) -> Tensor:
-    """A draw in proportion to weights [V], with Gumbel noise emit [V]: []."""
-    return (weights.log() + emit).argmax(-1)
+    return (torch.where(weights.sum() > 0, weights, otherwise).log() + emit).argmax(-1)
 
 
 def rejection(
@@ -229,29 +209,31 @@ def rejection(
     order = torch.arange(width, device=tokens.device)[:, None]
     tokens, draw = torch.cat([tokens[:1], tokens]), torch.cat([draw[:1], draw])  # by row; the root's are not used
     row = torch.zeros(1, dtype=torch.long, device=tokens.device)
-    live = row == 0
-    left, path = p[0], [row]
+    live, path = row == 0, [row]
     for d in range(depth):
         children = torch.where((parent == row) & (rank == order), rows, 0).amax(-1)  # [width], 0: there is none
         guess = q.index_select(0, draw.index_select(0, children[:1]))[0]
-        before, trying = row, live
+        there, siblings = children > 0, tokens.index_select(0, children)
+        siblings = torch.where(there, siblings, siblings[0])
+        given = torch.where(there, guess.gather(0, siblings), 0)
+        # q's mass before each draw, summed without cancellation: what is never drawn, and the draws still to come
+        mass = guess.scatter(0, siblings, 0).sum() + given.flip(0).cumsum(0).flip(0)
+        # p, its total and its share of each sibling after all siblings before were rejected; neither is normalised.
+        # A rejected token has no p left, so that q may keep it
+        left = p.index_select(0, row)[0]
+        scale, totals, wanted = torch.where(given > 0, 1 / mass, 0), [], []
         for r in range(width):
-            child = children[r : r + 1]
-            x = tokens.index_select(0, child)
-            wanted, given = left.gather(0, x), guess.gather(0, x)
-            tried = trying & (child > 0) & (given > 0)
-            hit = tried & (uniform[d, r] * given < wanted)
-            miss = tried & ~hit
-            left = torch.where(miss, _residual(left, guess), left)
-            rest = guess.scatter(0, x, 0)
-            guess = torch.where(miss, _normalised(rest, rest), guess)
-            row = torch.where(hit, child, row)
-            trying = trying & ~hit
-        live = row != before
-        left = torch.where(live, p.index_select(0, row)[0], left)
+            totals.append(left.sum(-1, keepdim=True))
+            wanted.append(left.gather(0, siblings[r : r + 1]))
+            left = torch.addcmul(left, guess, scale[r] * totals[r], value=-1).relu()
+        hit = (uniform[d] * given * scale * torch.cat(totals) < torch.cat(wanted)) & (given > 0)
+        first = children.index_select(0, hit.to(torch.uint8).argmax(0, keepdim=True))
+        live = live & hit.any()
+        row = torch.where(live, first, row)
         path.append(row)
-    path = torch.cat(path)
-    return Verdict(path, (path[1:] != path[:-1]).sum(), _sample(left, emit))
+    path, last = torch.cat(path), p.index_select(0, row)[0]
+    token = _sample(torch.where(live, last, left), last, emit)  # where the path ended early, left is still that row's
+    return Verdict(path, (path[1:] != path[:-1]).sum(), token)
 
 
 def _rejection_of_points(
@@ -264,7 +246,7 @@ def _rejection_of_points(
         level = level + (above > 0)
         above = torch.where(above > 0, parent[above - 1], 0)
     wanted = p[parent, tokens]
-    left = (1 - earlier.to(p.dtype) @ wanted).clamp(min=0)
+    left = (1 - torch.where(earlier, wanted, 0).sum(-1)).clamp(min=0)
     hit = uniform[level, rank] * left < wanted
     hit = hit & ~(earlier & hit).any(-1)
     rows = torch.arange(1, len(tokens) + 1, device=tokens.device)
@@ -276,12 +258,12 @@ def _rejection_of_points(
     path = torch.cat(path)
     ends = p.index_select(0, row)[0]
     gone = torch.zeros_like(ends).scatter_add(0, tokens, (parent == row).to(p.dtype))
-    ends = _normalised(ends.masked_fill(gone > 0, 0), ends)
-    return Verdict(path, (path[1:] != path[:-1]).sum(), _sample(ends, emit))
+    token = _sample(ends.masked_fill(gone > 0, 0), ends, emit)
+    return Verdict(path, (path[1:] != path[:-1]).sum(), token)
 
 
 def block(tokens: Tensor, p: Tensor, q: Tensor, uniform: Tensor, emit: Tensor) -> Verdict:
-    """Block verification of a chain (arXiv 2403.10444; DESIGN section 8): never accepts fewer than `rejection` on average.
+    """Block verification of a chain: on average never fewer accepted than with `rejection` (arXiv 2403.10444).
 
     tokens [k] drawn from q [k, V], p [k + 1, V] the target's probabilities, uniform [k], emit [V] Gumbel noise.
     w_0 = 1, w_i = min(w_(i-1) p(x_i) / q(x_i), 1); S_i = sum max(w_i p - q, 0) over the next token, h_i = S_i / (S_i +
@@ -300,12 +282,12 @@ def block(tokens: Tensor, p: Tensor, q: Tensor, uniform: Tensor, emit: Tensor) -
     # nothing was drafted after the chain: with q = 0 there, S_k = w_k and h_k = w_k / (w_k + 1 - w_k), as it should be
     rest = (weight * p - torch.cat([q, torch.zeros_like(q[:1])])).relu()
     total = rest.sum(-1)
-    # S_i = 0 with w_i = 1: p equals q next, no token can end there, any h_i serves
-    holds = torch.where(total > 0, total / (total + 1 - weight[:, 0]), weight[:, 0].floor())[1:]
+    # S_i = 0 with w_i = 1: p equals q next, a later token is accepted for sure, any h_i serves
+    holds = (total / (total + 1 - weight[:, 0]).clamp(min=1e-30))[1:]
     steps = torch.arange(k + 1, device=tokens.device)
     count = torch.where(uniform <= holds, steps[1:], 0).amax(0, keepdim=True)
-    left = _normalised(rest.index_select(0, count)[0], p.index_select(0, count)[0])
-    return Verdict(torch.minimum(steps, count), count[0], _sample(left, emit))
+    token = _sample(rest.index_select(0, count)[0], p.index_select(0, count)[0], emit)
+    return Verdict(torch.minimum(steps, count), count[0], token)
 
 
 # --- what to expect -------------------------------------------------------------------------------------------------
