@@ -51,7 +51,8 @@ def uniform(seed: int | Tensor, positions: Tensor, columns: int, stream: int = T
     decide a round belong to that round alone, for a verifier may have looked beyond what it accepted (`block` does):
     ask for them at the round's first position, in as many columns as are needed (see `Noise`).
     """
-    keyed = positions.long() ^ (stream << 28) ^ (seed & _MASK)
+    whole = _mix(torch.as_tensor(seed, device=positions.device).long() & _MASK)  # or seeds would share rows
+    keyed = positions.long() ^ (stream << 28) ^ whole
     row = _mix(_mix(keyed) + (seed >> 32 & _MASK) & _MASK)
     column = _mix(torch.arange(columns, device=positions.device) ^ 0x9E3779B9)
     high = _mix((row[:, None] ^ column[None, :]) & _MASK)
