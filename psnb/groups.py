@@ -157,7 +157,7 @@ def block_mask(depth: Tensor, anchor: Tensor, document: Tensor, size: int = 128)
     some, full = block_table(depth, anchor, document, size)
     lists = []
     for table in (some & ~full, full):
-        order = table.int().argsort(-1, descending=True, stable=True)
+        order = table.int().argsort(dim=-1, descending=True, stable=True)
         lists += [table.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]]
     return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=sees, seq_lengths=(len(depth), len(depth)))
 
@@ -215,8 +215,9 @@ def _chunked(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float
     A chunk's scores are recomputed in the backward pass, so that they are held for one chunk at a time.
     """
     depth, anchor, document = rows.depth, rows.anchor, rows.document
-    batch, heads, count, width = query.shape
+    batch, heads, count, _ = query.shape
     groups, n = key.shape[1], document.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)  # of the softmax
     query = query.unflatten(1, (groups, heads // groups))
     place = torch.zeros(int(depth.max()) + 1, n, dtype=torch.long, device=depth.device)  # row of (depth, anchor)
     place[depth, anchor] = torch.arange(count, device=depth.device)
@@ -226,12 +227,12 @@ def _chunked(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float
         at = torch.arange(upto, device=anchor.device)
         seen = (at <= anchor[:, None]) & (document[:, None, :upto] == document[:, anchor, None])
         scores = query @ key[:, :, None, :upto].mT * scale
-        scores = scores.float().masked_fill(~seen[:, None, None], -torch.inf)
+        scores = scores.to(wide).masked_fill(~seen[:, None, None], -torch.inf)
         if deepest:
             own = place[1 : deepest + 1, anchor].T  # [c, deepest]
             there = torch.arange(1, deepest + 1, device=depth.device) <= depth[:, None]
             near = torch.einsum("bghcd,bgcmd->bghcm", query, key[:, :, own]) * scale
-            scores = torch.cat([scores, near.float().masked_fill(~there, -torch.inf)], -1)
+            scores = torch.cat([scores, near.to(wide).masked_fill(~there, -torch.inf)], -1)
         weights = scores.softmax(-1).to(value.dtype)
         mixed = weights[..., :upto] @ value[:, :, None, :upto]
         if deepest:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,33 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from psnb import manifest
 from psnb.errors import UserError
 from psnb.fit import Batch, Metrics, Row, compiled, fit
-from psnb.groups import causal_mask, positions
+from psnb.groups import causal, positions
 from psnb.profile import TargetSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+Mask = Tensor | BlockMask | None
+
+
+@contextlib.contextmanager
+def attention(model: nn.Module, mask: Mask) -> Iterator[None]:
+    """Inside, a block mask finds flex attention in `model`; any other mask finds what the model has."""
+    config, own = model.config, model.config._attn_implementation
+    if isinstance(mask, BlockMask):
+        config._attn_implementation = "flex_attention"
+    try:
+        yield
+    finally:
+        if config._attn_implementation != own:
+            config._attn_implementation = own
 
 
 class Target:
@@ -43,19 +61,29 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    def features(self, ids: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Any = None) -> Tensor:
-        """ids, position_ids [B, n], mask bool [B, 1, n, m] (m keys, the cached ones first) -> features [B, n, H]."""
-        return self.model.base_model(
-            input_ids=ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+    def features(
+        self, ids: Tensor, position_ids: Tensor, mask: Mask, cache: Any = None, taps: Sequence[int] = ()
+    ) -> Tensor:
+        """ids, position_ids [B, n], mask bool [B, 1, n, m] (m keys, the cached ones first) -> features [B, n, H].
+
+        With `taps`, the outputs of these layers (counted from 1) stand before f_t: [B, n, (1 + len(taps)) * H].
+        """
+        with attention(self.model, mask):
+            made = self.model.base_model(
+                input_ids=ids,
+                position_ids=position_ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                output_hidden_states=bool(taps),
+            )
+        if not taps:
+            return made.last_hidden_state
+        return torch.cat([*(made.hidden_states[tap] for tap in taps), made.last_hidden_state], -1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """features [..., H] -> logits [..., V] through the frozen `lm_head`."""
-        return self.model.get_output_embeddings()(features)
+        """features [..., H], with or without taps before f_t -> logits [..., V] through the frozen `lm_head`."""
+        return self.model.get_output_embeddings()(features[..., -self.hidden_size :])
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [...] -> embeddings [..., H]."""
@@ -111,15 +139,32 @@ def as_batch(rows: Dataset | Batch, device: torch.device | str = "cpu") -> Batch
     return {name: torch.as_tensor(table[name]).to(device, torch.long) for name in names}
 
 
+def check_rows(rows: Batch, ahead: int) -> None:
+    """Refuse rows of [R, n] in which no token can be learned from the one `ahead` places before it.
+
+    Raises `UserError` for empty rows, a loss mask that selects nothing, and documents of `ahead` tokens at most.
+    """
+    document = rows["document"]
+    if not document.numel():
+        raise UserError("the training rows are empty: give the profile more text (data.packages, data.source)")
+    inside = (document[:, ahead:] == document[:, :-ahead]) & (document[:, ahead:] >= 0)
+    if not inside.any():
+        raise UserError(f"no document has more than {ahead} tokens: give longer texts, or raise data.length")
+    if "loss_mask" in rows and not (inside & rows["loss_mask"][:, ahead:].bool()).any():
+        raise UserError("the loss mask selects nothing: check the chat template and the roles of the data")
+
+
 def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Next-token cross entropy: batch of [B, n] -> (sum of nats, number of tokens), documents kept apart.
 
     With a loss mask only selected tokens count.
     """
     ids, document = batch["input_ids"], batch["document"]
-    hidden = model.base_model(
-        input_ids=ids, position_ids=positions(document), attention_mask=causal_mask(document), use_cache=False
-    ).last_hidden_state
+    mask = causal(document)
+    with attention(model, mask):
+        hidden = model.base_model(
+            input_ids=ids, position_ids=positions(document), attention_mask=mask, use_cache=False
+        ).last_hidden_state
     logits = model.get_output_embeddings()(hidden[:, :-1]).float()
     keep = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
     if "loss_mask" in batch:
@@ -173,6 +218,8 @@ def train(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).to(device)
     held = as_batch(held_out)
+    batches = as_batch(rows, device)
+    check_rows(batches, ahead=1)
     lines: list[Row] = []
 
     def record(row: Row) -> None:
@@ -188,7 +235,7 @@ def train(
     fit(
         model,
         loss,
-        as_batch(rows, device),
+        batches,
         spec.train,
         seed=seed,
         device=device,

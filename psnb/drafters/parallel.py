@@ -34,7 +34,7 @@ class Parallel(Drafter):
         self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Mask
     ) -> Tensor:
         real = self.real(features, next_ids)
-        masked = self.mask_inputs()[depth[depth > 0] - 1].expand(len(features), -1, -1).to(real.dtype)
+        masked = self.mask_inputs()[depth[real.shape[1] :] - 1].expand(len(features), -1, -1).to(real.dtype)
         return self.body(torch.cat([real, masked], 1), place, mask)
 
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
