@@ -149,6 +149,8 @@ class _Vocabulary(torch.autograd.Function):
         for rows, span, parts in _pieces(places, *ids.shape, target.vocab_size):
             wanted = target.logits(features[rows, span])  # once a position, whichever slots need it
             for i, part in enumerate(parts):
+                if part.start == part.stop:
+                    continue
                 place = places[i][part]
                 z = target.logits(hidden[i][rows, part])
                 made = measure(z, wanted[:, place - span.start], ids[rows][:, place + 1], spec.labels == "hard", streak)

@@ -140,3 +140,30 @@ def test_a_causal_mask_is_written_out_only_where_it_must_be():
     assert groups.causal(one) is None
     assert torch.equal(groups.causal(two), groups.causal_mask(two))
     assert torch.equal(groups.causal(one[:, :9]), groups.causal_mask(one[:, :9]))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("keep", "documents"), [(1.0, "one"), (0.7, "many")])
+@pytest.mark.parametrize(("heads", "width"), [((10, 2), 32), ((4, 4), 128), ((4, 2), 8)])
+def test_attention_on_a_gpu_equals_the_dense_mask(heads, width, keep, documents, dtype, tolerance):
+    depth, anchor, document = (x.cuda() for x in sample(333, 7, keep, documents))
+    torch.manual_seed(0)
+    shapes = [(2, h, len(depth), width) for h in (heads[0], heads[1], heads[1])]
+    inputs = [torch.randn(shape, dtype=torch.float64, device="cuda") for shape in shapes]
+    wanted = torch.randn(2, len(depth), heads[0], width, dtype=torch.float64, device="cuda")
+    results = []
+    for kind, mask in ((dtype, groups.structure(depth, anchor, document)), (torch.float64, None)):
+        given = [x.to(kind, copy=True).requires_grad_() for x in inputs]
+        if mask is None:
+            dense = groups.mask(depth, anchor, document)
+            query, key, value = given[0], *(x.repeat_interleave(heads[0] // heads[1], 1) for x in given[1:])
+            scores = (query @ key.mT * 0.3).masked_fill(~dense, -torch.inf)
+            out = (scores.softmax(-1) @ value).transpose(1, 2)
+        else:
+            assert mask.block is not None
+            out, _ = groups.attend(torch.nn.Identity(), *given, mask, scaling=0.3, dropout=0.0)
+        (out * wanted.to(kind)).sum().backward()
+        results.append([out.double(), *(x.grad.double() for x in given)])
+    for ours, reference in zip(*results, strict=True):
+        assert (ours - reference).norm() / reference.norm() < tolerance
