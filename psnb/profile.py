@@ -21,6 +21,7 @@ class FitSpec:
 
     steps: int
     rows: int = 32
+    accumulate: int = 1  # parts that a step's rows are run in, one after the other: less memory, the same result
     learning_rate: float = 1e-3
     warmup: int = 100  # steps of linear warm-up; the rate then decays to `final_share` by a half cosine
     final_share: float = 0.02
@@ -29,6 +30,7 @@ class FitSpec:
     compile: bool = False  # torch.compile the loss (pays on a GPU only)
     log_every: int = 20
     evaluate_every: int = 0  # 0: only at the end
+    save_every: int = 200  # steps after which a killed run can go on
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from psnb import manifest
 from psnb.errors import UserError
-from psnb.fit import Batch, Metrics, Row, compiled, fit
+from psnb.fit import Batch, Metrics, Row, compiled, fit, main_process
 from psnb.groups import causal_mask, positions
 from psnb.profile import TargetSpec
 
@@ -111,6 +111,23 @@ def as_batch(rows: Dataset | Batch, device: torch.device | str = "cpu") -> Batch
     return {name: torch.as_tensor(table[name]).to(device, torch.long) for name in names}
 
 
+def judged(batch: Batch) -> Tensor:
+    """Which tokens x_1 .. x_{n-1} of rows [B, n] the next-token loss counts: bool [B, n - 1]."""
+    document = batch["document"]
+    keep = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
+    return keep & batch["loss_mask"][:, 1:].bool() if "loss_mask" in batch else keep
+
+
+def check_rows(rows: Batch, vocab_size: int) -> None:
+    """Refuse rows whose tokens are not the target's, before any work. Raises `UserError`."""
+    ids = rows["input_ids"]
+    if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise UserError(
+            f"the training rows hold token {int(ids.max())}, the target has {vocab_size}: they were made with another "
+            "tokenizer; make them with the target's own"
+        )
+
+
 def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Next-token cross entropy: batch of [B, n] -> (sum of nats, number of tokens), documents kept apart.
 
@@ -121,9 +138,7 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         input_ids=ids, position_ids=positions(document), attention_mask=causal_mask(document), use_cache=False
     ).last_hidden_state
     logits = model.get_output_embeddings()(hidden[:, :-1]).float()
-    keep = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
-    if "loss_mask" in batch:
-        keep &= batch["loss_mask"][:, 1:].bool()
+    keep = judged(batch)
     nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (nats * keep.flatten()).sum(), keep.sum()
 
@@ -149,8 +164,12 @@ def train(
     seed: int,
     device: torch.device,
     log: Callable[[Row], None] = lambda row: None,
+    state: Path | None = None,
 ) -> None:
-    """Train a Llama of the given shape from scratch; write it (bf16), its tokenizer and training.csv to `folder`."""
+    """Train a Llama of the given shape from scratch; write it (bf16), its tokenizer and training.csv to `folder`.
+
+    A run that was killed goes on from what stands in `state`.
+    """
     if spec.train is None:
         raise UserError(
             "the profile's target has neither a path nor a training budget: set target.path or target.train"
@@ -172,29 +191,28 @@ def train(
     config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).to(device)
-    held = as_batch(held_out)
-    lines: list[Row] = []
-
-    def record(row: Row) -> None:
-        lines.append(row)
-        log(row)
-
+    held, rows = as_batch(held_out), as_batch(rows, device)
+    check_rows(rows, len(tokenizer))
     summed = compiled(lambda batch: token_loss(model, batch), spec.train, device)
 
-    def loss(batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(batch: Batch, step: int, tokens: Tensor) -> tuple[Tensor, Metrics]:
         total, count = summed(batch)
-        return total / count, {"nats": (total, count)}
+        return total / tokens, {"nats": (total, count)}
 
-    fit(
+    lines = fit(
         model,
         loss,
-        as_batch(rows, device),
+        rows,
         spec.train,
+        count=lambda batch, step: judged(batch).sum().clamp(min=1),
         seed=seed,
         device=device,
-        log=record,
+        log=log,
         evaluate=lambda: {"heldout_nats": heldout_nats(model, held)},
+        state=state,
     )
+    if not main_process():
+        return
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     manifest.write_frame(Path(folder) / "training.csv", pd.DataFrame(lines))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,9 @@ from torch import Tensor
 from psnb import drafters, groups, manifest
 from psnb.drafters import Drafter
 from psnb.errors import UserError
-from psnb.fit import Batch, Metrics, Row, compiled, fit
+from psnb.fit import Batch, Metrics, Row, compiled, fit, generator, main_process
 from psnb.profile import DrafterSpec
-from psnb.target import Target, as_batch
+from psnb.target import Target, as_batch, check_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,38 +34,54 @@ def teacher(target: Target, batch: Batch) -> Tensor:
     return target.features(batch["input_ids"], groups.positions(document), groups.causal_mask(document))
 
 
-def slots(drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, anchor: Tensor, counts: list[int]) -> Slots:
-    """The drafter's training forward, cut by slot.
+def judged(drafter: Drafter, batch: Batch, anchor: Tensor, counts: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """What each slot is judged by: per slot teacher position [a] and valid bool [B, a], from the rows alone.
 
-    features [B, n, H]; depth, anchor [R] over the n - 1 anchors that know x_{t+1}; counts[d] rows have depth d.
-    Slot i of anchor t is judged against the target's logits at t + 1 + i. It is valid where x_{t+2+i} lies in the
-    anchor's document and, with a loss mask, is selected.
+    anchor [R] over the n - 1 anchors that know x_{t+1}; counts[d] rows have depth d. Slot i of anchor t is judged
+    against the target's logits at t + 1 + i. It is valid where x_{t+2+i} lies in the anchor's document and, with a
+    loss mask, is selected.
     """
-    ids, document = batch["input_ids"], batch["document"]
-    n = ids.shape[1]
-    place = groups.positions(document)[:, anchor] + depth
-    mask = groups.mask(depth, anchor, document[:, :-1])
-    hidden = drafter.rows(features[:, :-1], ids[:, 1:], depth, anchor, place, mask)
+    document = batch["document"]
+    n = document.shape[1]
     chosen = batch["loss_mask"].bool() if "loss_mask" in batch else document >= 0
-    parts = list(zip(hidden.split(counts, 1), anchor.split(counts), strict=True))
-    if drafter.masks == 0:  # every slot is drafted from the real rows: Medusa's heads, EAGLE's first pass
-        parts = parts[:1] * (drafter.k if drafter.spec.kind == "medusa" else 1)
-    else:
-        parts = parts[-drafter.k :]
-    result: Slots = []
-    for slot, (rows, at) in enumerate(parts):
+    result = []
+    for slot, at in enumerate(_by_slot(drafter, anchor.split(counts))):
         token = (at + 2 + slot).clamp(max=n - 1)
         valid = (at + 2 + slot < n) & (document[:, token] == document[:, at]) & chosen[:, token]
-        result.append((rows, token - 1, valid))
+        result.append((token - 1, valid))
     return result
 
 
+def _by_slot(drafter: Drafter, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Parts by depth -> parts by slot."""
+    if drafter.masks == 0:  # every slot is drafted from the real rows: Medusa's heads, EAGLE's first pass
+        return parts[:1] * (drafter.k if drafter.spec.kind == "medusa" else 1)
+    return parts[-drafter.k :]
+
+
+def slots(drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, anchor: Tensor, counts: list[int]) -> Slots:
+    """The drafter's training forward, cut by slot: features [B, n, H]; depth, anchor [R], counts as in `judged`."""
+    ids, document = batch["input_ids"], batch["document"]
+    place = groups.positions(document)[:, anchor] + depth
+    mask = groups.mask(depth, anchor, document[:, :-1])
+    hidden = drafter.rows(features[:, :-1], ids[:, 1:], depth, anchor, place, mask)
+    by_slot = _by_slot(drafter, hidden.split(counts, 1))
+    return [(rows, *how) for rows, how in zip(by_slot, judged(drafter, batch, anchor, counts), strict=True)]
+
+
 def group_loss(
-    drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, anchor: Tensor, counts: list[int]
+    drafter: Drafter,
+    batch: Batch,
+    features: Tensor,
+    depth: Tensor,
+    anchor: Tensor,
+    counts: list[int],
+    totals: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Weighted mean over slots of ce_weight * CE(target's distribution, drafter) + feature_weight * SmoothL1(features).
 
-    Slot i weighs slot_decay^i. Returns the loss and per slot [sum of CE, arg-max matches, valid rows].
+    Slot i weighs slot_decay^i, and its sums are divided by totals[i] (`judged` of the whole batch, of which this one
+    is a part; by default its own). Returns the loss and per slot [sum of CE, arg-max matches, valid rows].
     """
     spec = drafter.spec
     loss, weights = torch.zeros((), device=features.device), 0.0
@@ -77,11 +94,12 @@ def group_loss(
             p = wanted.softmax(-1)
             matches = (wanted.argmax(-1) == logits.argmax(-1)) & valid
         count = valid.sum()
+        total = (count if totals is None else totals[slot]).clamp(min=1)
         ce = ((logits.logsumexp(-1) - (p * logits).sum(-1)) * valid).sum()
-        term = spec.ce_weight * ce / count.clamp(min=1)
+        term = spec.ce_weight * ce / total
         if spec.feature_weight:
             gap = F.smooth_l1_loss(hidden.float(), expected.float(), reduction="none").mean(-1)
-            term = term + spec.feature_weight * (gap * valid).sum() / count.clamp(min=1)
+            term = term + spec.feature_weight * (gap * valid).sum() / total
         weight = spec.slot_decay**slot
         loss, weights = loss + weight * term, weights + weight
         metrics.append(torch.stack([ce.detach(), matches.sum(), count]))
@@ -143,10 +161,12 @@ def train_drafter(
     log: Callable[[Row], None] = lambda row: None,
     warm_start_from: Path | None = None,
     steps: int | None = None,
+    state: Path | None = None,
 ) -> None:
     """Train a drafter on packed rows (data.pack); write it, spec.json and training.csv to `folder`.
 
     `steps` overrides the budget (the notebooks' live run). The target is frozen; its features are computed on the fly.
+    A run that was killed goes on from what stands in `state`.
     """
     if spec.train is None:
         raise UserError(f"drafter {spec.kind}: the profile gives no training budget (drafters.*.train)")
@@ -155,35 +175,40 @@ def train_drafter(
     drafter = drafters.build(spec, target)
     if warm_start_from is not None:
         warm_start(drafter, warm_start_from)
-    held = as_batch(held_out)
+    held, rows = as_batch(held_out), as_batch(rows, device)
+    check_rows(rows, target.vocab_size)
     n = held["input_ids"].shape[1]
-    generator = torch.Generator().manual_seed(seed)
     one_step = compiled(group_loss, budget, device)
     features_of = compiled(teacher, budget, device)
-    lines: list[Row] = []
 
-    def record(row: Row) -> None:
-        lines.append(row)
-        log(row)
+    @functools.lru_cache(maxsize=1)  # `count` and each part of the step's batch ask for the same
+    def layout(step: int) -> tuple[Tensor, Tensor, list[int]]:
+        depth, anchor = groups.drop(n - 1, drafter.masks, spec.keep, spec.keep_min, generator(seed, step))
+        return depth.to(device), anchor.to(device), torch.bincount(depth).tolist()
 
-    def loss(batch: Batch) -> tuple[Tensor, Metrics]:
-        depth, anchor = groups.drop(n - 1, drafter.masks, spec.keep, spec.keep_min, generator)
-        counts = torch.bincount(depth).tolist()
-        value, parts = one_step(drafter, batch, features_of(target, batch), depth.to(device), anchor.to(device), counts)
+    def count(batch: Batch, step: int) -> list[Tensor]:
+        _, anchor, counts = layout(step)
+        return [valid.sum() for _, valid in judged(drafter, batch, anchor, counts)]
+
+    def loss(batch: Batch, step: int, totals: list[Tensor]) -> tuple[Tensor, Metrics]:
+        value, parts = one_step(drafter, batch, features_of(target, batch), *layout(step), totals)
         metrics: Metrics = {}
-        for slot, (ce, matches, count) in enumerate(parts):
-            metrics |= {f"loss_{slot}": (ce, count), f"match_{slot}": (matches, count)}
+        for slot, (ce, matches, valid) in enumerate(parts):
+            metrics |= {f"loss_{slot}": (ce, valid), f"match_{slot}": (matches, valid)}
         return value, metrics
 
-    fit(
+    lines = fit(
         drafter,
         loss,
-        as_batch(rows, device),
+        rows,
         budget,
+        count=count,
         seed=seed,
         device=device,
-        log=record,
+        log=log,
         evaluate=lambda: acceptance(drafter, held),
+        state=state,
     )
-    drafters.save(drafter, Path(folder))
-    manifest.write_frame(Path(folder) / "training.csv", pd.DataFrame(lines))
+    if main_process():
+        drafters.save(drafter, Path(folder))
+        manifest.write_frame(Path(folder) / "training.csv", pd.DataFrame(lines))
