@@ -43,6 +43,7 @@ class DataSpec:
     held_out: list[str] = field(default_factory=list)  # whole packages kept for evaluation
     vocab_size: int = 5120
     length: int = 512  # tokens in a training row
+    questions: str = ""  # evaluation prompts from this JSONL file (Spec-Bench's form); empty: from held-out text
     prompts_per_family: int = 16
     max_prompt_tokens: int = 256
     prompts_sha256: str = ""  # empty: not checked
