@@ -21,6 +21,7 @@ class FitSpec:
 
     steps: int
     rows: int = 32
+    accumulate: int = 1  # parts that a step's rows are run in, one after the other: less memory, the same result
     learning_rate: float = 1e-3
     warmup: int = 100  # steps of linear warm-up; the rate then decays to `final_share` by a half cosine
     final_share: float = 0.02
@@ -29,6 +30,7 @@ class FitSpec:
     compile: bool = False  # torch.compile the loss (pays on a GPU only)
     log_every: int = 20
     evaluate_every: int = 0  # 0: only at the end
+    save_every: int = 200  # steps after which a killed run can go on
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class DataSpec:
     held_out: list[str] = field(default_factory=list)  # whole packages kept for evaluation
     vocab_size: int = 5120
     length: int = 512  # tokens in a training row
+    questions: str = ""  # evaluation prompts from this JSONL file (Spec-Bench's form); empty: from held-out text
     prompts_per_family: int = 16
     max_prompt_tokens: int = 256
     prompts_sha256: str = ""  # empty: not checked

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from psnb import manifest
 from psnb.errors import UserError
-from psnb.fit import Batch, Metrics, Row, compiled, fit
+from psnb.fit import Batch, Metrics, Row, compiled, fit, main_process
 from psnb.groups import causal, positions
 from psnb.profile import TargetSpec
 
@@ -139,18 +139,30 @@ def as_batch(rows: Dataset | Batch, device: torch.device | str = "cpu") -> Batch
     return {name: torch.as_tensor(table[name]).to(device, torch.long) for name in names}
 
 
-def check_rows(rows: Batch, ahead: int) -> None:
-    """Refuse rows of [R, n] in which no token can be learned from the one `ahead` places before it.
+def judged(batch: Batch, ahead: int = 1) -> Tensor:
+    """Which tokens x_ahead .. x_{n-1} of rows [B, n] can be learned from `ahead` places before: bool [B, n - ahead]."""
+    document = batch["document"]
+    keep = (document[:, ahead:] == document[:, :-ahead]) & (document[:, ahead:] >= 0)
+    return keep & batch["loss_mask"][:, ahead:].bool() if "loss_mask" in batch else keep
 
-    Raises `UserError` for empty rows, a loss mask that selects nothing, and documents of `ahead` tokens at most.
+
+def check_rows(rows: Batch, vocab_size: int, ahead: int = 1) -> None:
+    """Refuse rows [R, n] from which nothing can be learned `ahead` places before, or of another vocabulary.
+
+    Raises `UserError` for empty rows, documents of `ahead` tokens at most, a loss mask that selects nothing, and
+    tokens that are not the target's.
     """
-    document = rows["document"]
-    if not document.numel():
+    ids = rows["input_ids"]
+    if not ids.numel():
         raise UserError("the training rows are empty: give the profile more text (data.packages, data.source)")
-    inside = (document[:, ahead:] == document[:, :-ahead]) & (document[:, ahead:] >= 0)
-    if not inside.any():
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise UserError(
+            f"the training rows hold token {int(ids.max())}, the target has {vocab_size}: they were made with another "
+            "tokenizer; make them with the target's own"
+        )
+    if not judged({"document": rows["document"]}, ahead).any():
         raise UserError(f"no document has more than {ahead} tokens: give longer texts, or raise data.length")
-    if "loss_mask" in rows and not (inside & rows["loss_mask"][:, ahead:].bool()).any():
+    if not judged(rows, ahead).any():
         raise UserError("the loss mask selects nothing: check the chat template and the roles of the data")
 
 
@@ -166,9 +178,7 @@ def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
             input_ids=ids, position_ids=positions(document), attention_mask=mask, use_cache=False
         ).last_hidden_state
     logits = model.get_output_embeddings()(hidden[:, :-1]).float()
-    keep = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
-    if "loss_mask" in batch:
-        keep &= batch["loss_mask"][:, 1:].bool()
+    keep = judged(batch)
     nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (nats * keep.flatten()).sum(), keep.sum()
 
@@ -194,8 +204,12 @@ def train(
     seed: int,
     device: torch.device,
     log: Callable[[Row], None] = lambda row: None,
+    state: Path | None = None,
 ) -> None:
-    """Train a Llama of the given shape from scratch; write it (bf16), its tokenizer and training.csv to `folder`."""
+    """Train a Llama of the given shape from scratch; write it (bf16), its tokenizer and training.csv to `folder`.
+
+    A run that was killed goes on from what stands in `state`.
+    """
     if spec.train is None:
         raise UserError(
             "the profile's target has neither a path nor a training budget: set target.path or target.train"
@@ -217,31 +231,28 @@ def train(
     config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).to(device)
-    held = as_batch(held_out)
-    batches = as_batch(rows, device)
-    check_rows(batches, ahead=1)
-    lines: list[Row] = []
-
-    def record(row: Row) -> None:
-        lines.append(row)
-        log(row)
-
+    held, rows = as_batch(held_out), as_batch(rows, device)
+    check_rows(rows, len(tokenizer))
     summed = compiled(lambda batch: token_loss(model, batch), spec.train, device)
 
-    def loss(batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(batch: Batch, step: int, tokens: Tensor) -> tuple[Tensor, Metrics]:
         total, count = summed(batch)
-        return total / count, {"nats": (total, count)}
+        return total / tokens, {"nats": (total, count)}
 
-    fit(
+    lines = fit(
         model,
         loss,
-        batches,
+        rows,
         spec.train,
+        count=lambda batch, step: judged(batch).sum().clamp(min=1),
         seed=seed,
         device=device,
-        log=record,
+        log=log,
         evaluate=lambda: {"heldout_nats": heldout_nats(model, held)},
+        state=state,
     )
+    if not main_process():
+        return
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     manifest.write_frame(Path(folder) / "training.csv", pd.DataFrame(lines))

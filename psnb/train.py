@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +19,7 @@ from psnb import drafters, groups, manifest
 from psnb.drafters import Drafter
 from psnb.drafters.base import Layers
 from psnb.errors import UserError
-from psnb.fit import Batch, Metrics, Row, compiled, fit
+from psnb.fit import Batch, Metrics, Row, compiled, fit, generator, main_process
 from psnb.profile import DrafterSpec
 from psnb.target import Target, as_batch, check_rows
 
@@ -33,14 +32,14 @@ LOGITS = 2**25  # entries of a table of logits held at once
 
 
 class Term(NamedTuple):
-    """One part of a loss, weight * total / count. Totals and counts add up over batches and processes."""
+    """One part of a loss, weight * total / tallies[tally]. Totals and tallies add up over batches and processes."""
 
     weight: float
     total: Tensor
-    count: Tensor
+    tally: int
 
 
-class Judged(NamedTuple):
+class Scores(NamedTuple):
     """What the vocabulary says of one slot's rows, each [B, a]."""
 
     nats: Tensor  # cross entropy to the target's distribution, or to the text's token
@@ -59,32 +58,63 @@ def teacher(target: Target, batch: Batch, taps: Sequence[int] = (), run: Callabl
     return (run or target.features)(batch["input_ids"], groups.positions(document), mask, taps=taps)
 
 
+def judged(drafter: Drafter, batch: Batch, anchor: Tensor, counts: list[int]) -> list[tuple[Tensor, Tensor]]:
+    """What each slot is judged by: per slot teacher position [a] and valid bool [B, a], from the rows alone.
+
+    anchor [R] over the n - 1 anchors that know x_{t+1}; counts[d] rows have depth d. Slot i of anchor t is judged
+    against the target's logits at t + 1 + i. It is valid where x_{t+2+i} lies in the anchor's document and, with a
+    loss mask, is selected.
+    """
+    document = batch["document"]
+    n = document.shape[1]
+    chosen = batch["loss_mask"].bool() if "loss_mask" in batch else document >= 0
+    result = []
+    for slot, at in enumerate(_by_slot(drafter, anchor.split(counts))):
+        token = (at + 2 + slot).clamp(max=n - 1)
+        valid = (at + 2 + slot < n) & (document[:, token] == document[:, at]) & chosen[:, token]
+        result.append((token - 1, valid))
+    return result
+
+
+def chains(places: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
+    """Per slot where each of its chains stood one slot before [a], and whether it is valid so far, bool [B, a].
+
+    A chain reaches a slot where its anchor's masks are kept and its tokens valid up to there.
+    """
+    anchors = [place - slot for slot, (place, _) in enumerate(places)]  # clamped ends are never valid
+    found = [(torch.arange(len(anchors[0]), device=anchors[0].device), places[0][1])]
+    for slot in range(1, len(places)):
+        back = torch.searchsorted(anchors[slot - 1], anchors[slot])
+        found.append((back, found[-1][1][:, back] & places[slot][1]))
+    return found
+
+
+def tallies(drafter: Drafter, batch: Batch, anchor: Tensor, counts: list[int]) -> list[Tensor]:
+    """What the terms of `group_terms` are divided by: valid rows of each slot, then, for the streak, chains."""
+    places = judged(drafter, batch, anchor, counts)
+    rows = [valid.sum() for _, valid in places]
+    return rows + [alive.sum() for _, alive in chains(places)] if drafter.spec.streak_weight else rows
+
+
+def _by_slot(drafter: Drafter, parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Parts by depth -> parts by slot; depths that are absent leave out the last slots."""
+    if drafter.masks == 0:  # every slot is drafted from the real rows: Medusa's heads, EAGLE's first pass
+        return parts[:1] * (drafter.k if drafter.spec.kind == "medusa" else 1)
+    return parts[-drafter.first_slot :]
+
+
 def slots(drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, anchor: Tensor, counts: list[int]) -> Slots:
     """The drafter's training forward, cut by slot.
 
-    features [B, n, (1 + taps) * H]; depth, anchor [R] over the n - 1 anchors that know x_{t+1}; counts[d] rows have
-    depth d. Depths that are absent leave out the last slots.
-    Slot i of anchor t is judged against the target's logits at t + 1 + i. It is valid where x_{t+2+i} lies in the
-    anchor's document and, with a loss mask, is selected.
+    features [B, n, (1 + taps) * H]; depth, anchor [R], counts as in `judged`.
     """
     ids, document = batch["input_ids"], batch["document"]
-    n = ids.shape[1]
     place = groups.positions(document)[:, anchor] + depth
     attention = groups.structure if drafter.spec.attention == "structured" else groups.mask
     mask = attention(depth, anchor, document[:, :-1])
     hidden = drafter.rows(features[:, :-1], ids[:, 1:], depth, anchor, place, mask)
-    chosen = batch["loss_mask"].bool() if "loss_mask" in batch else document >= 0
-    parts = list(zip(hidden.split(counts, 1), anchor.split(counts), strict=True))
-    if drafter.masks == 0:  # every slot is drafted from the real rows: Medusa's heads, EAGLE's first pass
-        parts = parts[:1] * (drafter.k if drafter.spec.kind == "medusa" else 1)
-    else:
-        parts = parts[-drafter.first_slot :]
-    result: Slots = []
-    for slot, (rows, at) in enumerate(parts):
-        token = (at + 2 + slot).clamp(max=n - 1)
-        valid = (at + 2 + slot < n) & (document[:, token] == document[:, at]) & chosen[:, token]
-        result.append((rows, token - 1, valid))
-    return result
+    by_slot = _by_slot(drafter, hidden.split(counts, 1))
+    return [(rows, *how) for rows, how in zip(by_slot, judged(drafter, batch, anchor, counts), strict=True)]
 
 
 def _measure(z: Tensor, w: Tensor, token: Tensor, hard: bool, streak: bool) -> tuple[Tensor, ...]:
@@ -125,7 +155,7 @@ def _pieces(places: list[Tensor], batch: int, n: int, vocab: int) -> Iterator[tu
 
 
 class _Vocabulary(torch.autograd.Function):
-    """`judge` for drafters with the target's frozen projection: the gradient is made with the loss, piece by piece.
+    """`score` for drafters with the target's frozen projection: the gradient is made with the loss, piece by piece.
 
     With q = softmax(z), z = W h: d nats / dh = W^T (q - p), d log_q / dh = W^T (onehot - q).
     """
@@ -172,7 +202,7 @@ class _Vocabulary(torch.autograd.Function):
         return (None,) * 5 + tuple(found)
 
 
-def judge(drafter: Drafter, batch: Batch, features: Tensor, made: Slots) -> list[Judged]:
+def score(drafter: Drafter, batch: Batch, features: Tensor, made: Slots) -> list[Scores]:
     """Hold every slot's rows against the target's vocabulary, no more than LOGITS logits of each at a time.
 
     batch of [B, n], features [B, n, (1 + taps) * H]; `made` as `slots` gives it.
@@ -181,7 +211,7 @@ def judge(drafter: Drafter, batch: Batch, features: Tensor, made: Slots) -> list
     places, hidden = [place for _, place, _ in made], [h for h, _, _ in made]
     if drafter.frozen_head:
         flat = _Vocabulary.apply(target, features, ids, places, spec, *hidden)
-        return [Judged(*flat[i :: len(made)]) for i in range(len(made))]
+        return [Scores(*flat[i :: len(made)]) for i in range(len(made))]
 
     def piece(h: Tensor, f: Tensor, token: Tensor, slot: int) -> tuple[Tensor, ...]:
         return _measure(drafter.logits(h, slot), target.logits(f), token, spec.labels == "hard", False)[:3]
@@ -192,7 +222,7 @@ def judge(drafter: Drafter, batch: Batch, features: Tensor, made: Slots) -> list
         size = max(1, LOGITS // target.vocab_size)
         given = [x.flatten(0, 1).split(size) for x in (h, features[:, place], ids[:, place + 1])]
         parts = [checkpoint(piece, *part, slot, use_reentrant=False) for part in zip(*given, strict=True)]
-        found.append(Judged(*(torch.cat(x).view(h.shape[:2]) for x in zip(*parts, strict=True))))
+        found.append(Scores(*(torch.cat(x).view(h.shape[:2]) for x in zip(*parts, strict=True))))
     return found
 
 
@@ -202,49 +232,47 @@ def group_terms(
     """The loss in terms, and per slot [sum of nats, arg-max matches, valid rows].
 
     Weighted mean over slots, slot i weighing slot_decay^i, of ce_weight * CE(target's distribution, drafter)
-    + feature_weight * SmoothL1(features); less streak_weight times the expected accepted prefix (`_streak`).
+    + feature_weight * SmoothL1(features); less streak_weight times SpecDiff-2's expected accepted prefix, the sum over
+    m of the mean of prod_{j <= m} q_j(x_j) over the chains that reach slot m, x the text's own continuation.
     """
     spec = drafter.spec
     made = slots(drafter, batch, features, depth, anchor, counts)
-    judged = judge(drafter, batch, features, made)
+    scores = score(drafter, batch, features, made)
     whole = sum(spec.slot_decay**slot for slot in range(len(made)))
     terms: list[Term] = []
     metrics: list[Tensor] = []
-    for slot, ((hidden, place, valid), seen) in enumerate(zip(made, judged, strict=True)):
-        weight, count = spec.slot_decay**slot / whole, valid.sum()
-        nats = (seen.nats * valid).sum()
-        terms.append(Term(weight * spec.ce_weight, nats, count))
+    for slot, ((hidden, place, valid), seen) in enumerate(zip(made, scores, strict=True)):
+        weight, nats = spec.slot_decay**slot / whole, (seen.nats * valid).sum()
+        terms.append(Term(weight * spec.ce_weight, nats, slot))
         if spec.feature_weight:
             expected = features[:, place, -hidden.shape[-1] :]
             gap = F.smooth_l1_loss(hidden.float(), expected.float(), reduction="none").mean(-1)
-            terms.append(Term(weight * spec.feature_weight, (gap * valid).sum(), count))
-        metrics.append(torch.stack([nats.detach(), (seen.match & valid).sum(), count]))
+            terms.append(Term(weight * spec.feature_weight, (gap * valid).sum(), slot))
+        metrics.append(torch.stack([nats.detach(), (seen.match & valid).sum(), valid.sum()]))
     if spec.streak_weight:
-        terms += [Term(-spec.streak_weight, *pair) for pair in _streak(made, judged)]
+        run = torch.zeros_like(scores[0].log_q)
+        for slot, (back, alive) in enumerate(chains([how for _, *how in made])):
+            run = run[:, back] + scores[slot].log_q
+            terms.append(Term(-spec.streak_weight, (run.exp() * alive).sum(), len(made) + slot))
     return terms, metrics
 
 
-def _streak(made: Slots, judged: list[Judged]) -> Iterator[tuple[Tensor, Tensor]]:
-    """SpecDiff-2's objective: for each m the sum of prod_{j <= m} q_j(x_j) over the chains that reach m; their number.
-
-    x is the text's own continuation. A chain reaches slot m where the anchor's masks are kept and its tokens valid.
-    """
-    anchors = [place - slot for slot, (_, place, _) in enumerate(made)]
-    run, alive = judged[0].log_q, made[0][2]  # places are clamped past the end: only rows that are not valid move
-    yield (run.exp() * alive).sum(), alive.sum()
-    for slot in range(1, len(made)):
-        back = torch.searchsorted(anchors[slot - 1], anchors[slot])  # where the chain stood one slot before
-        run = run[:, back] + judged[slot].log_q
-        alive = alive[:, back] & made[slot][2]
-        yield (run.exp() * alive).sum(), alive.sum()
-
-
 def group_loss(
-    drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, anchor: Tensor, counts: list[int]
+    drafter: Drafter,
+    batch: Batch,
+    features: Tensor,
+    depth: Tensor,
+    anchor: Tensor,
+    counts: list[int],
+    totals: list[Tensor] | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
-    """The sum of `group_terms`, and its metrics."""
+    """The sum of `group_terms`, and its metrics.
+
+    `totals` are the `tallies` of the whole batch, of which this one is a part; by default its own.
+    """
     terms, metrics = group_terms(drafter, batch, features, depth, anchor, counts)
-    loss = torch.stack([term.weight * term.total / term.count.clamp(min=1) for term in terms]).sum()
+    totals = tallies(drafter, batch, anchor, counts) if totals is None else totals
+    loss = torch.stack([term.weight * term.total / totals[term.tally].clamp(min=1) for term in terms]).sum()
     return loss, metrics
 
 
@@ -264,7 +292,7 @@ def acceptance(drafter: Drafter, rows: Batch, size: int = 4) -> dict[str, float]
         features = teacher(drafter.target, batch, drafter.spec.taps)
         alive = torch.ones_like(batch["document"][:, :-1], dtype=torch.bool)
         made = slots(drafter, batch, features, depth, anchor, [n - 1] * (drafter.masks + 1))
-        for slot, (seen, (_, _, valid)) in enumerate(zip(judge(drafter, batch, features, made), made, strict=True)):
+        for slot, (seen, (_, _, valid)) in enumerate(zip(score(drafter, batch, features, made), made, strict=True)):
             tried = alive & valid
             alive = tried & seen.match
             pair = torch.stack([alive.sum(), tried.sum(), valid.sum()])
@@ -300,7 +328,7 @@ def warm_start(drafter: Drafter, folder: Path) -> None:
 
 
 def masks_at(drafter: Drafter, step: int, steps: int) -> int:
-    """Masks a group carries at `step` = 0, 1, ..: with a curriculum the slots join evenly over its share of the steps.
+    """Masks a group carries after `step` steps: with a curriculum the slots join evenly over its share of the steps.
 
     k = 4, curriculum = 0.5, 8 steps: slots 1 2 3 4 4 4 4 4.
     """
@@ -320,55 +348,59 @@ def train_drafter(
     log: Callable[[Row], None] = lambda row: None,
     warm_start_from: Path | None = None,
     steps: int | None = None,
+    state: Path | None = None,
 ) -> None:
     """Train a drafter on packed rows (data.pack); write it, spec.json and training.csv to `folder`.
 
     `steps` overrides the budget (the notebooks' live run). The target is frozen; its features are computed on the fly.
+    A run that was killed goes on from what stands in `state`.
     Raises `UserError` before the first step for rows from which nothing can be learned.
     """
     if spec.train is None:
         raise UserError(f"drafter {spec.kind}: the profile gives no training budget (drafters.*.train)")
     budget = spec.train if steps is None else dataclasses.replace(spec.train, steps=steps)
-    batches, held = as_batch(rows, device), as_batch(held_out)
-    check_rows(batches, ahead=2)
+    held, rows = as_batch(held_out), as_batch(rows, device)
+    check_rows(rows, target.vocab_size, ahead=2)
     torch.manual_seed(seed)
     drafter = drafters.build(spec, target)
     if warm_start_from is not None:
         warm_start(drafter, warm_start_from)
-    n = batches["input_ids"].shape[1]
+    n = rows["input_ids"].shape[1]
     run = compiled(target.features, budget, device)
     if budget.compile and device.type == "cuda":
         for body in (m for m in drafter.children() if isinstance(m, Layers)):
             body.compile()
-    lines: list[Row] = []
-    step = itertools.count()
 
-    def record(row: Row) -> None:
-        lines.append(row)
-        log(row)
+    @functools.lru_cache(maxsize=1)  # `count` and each part of the step's batch ask for the same
+    def layout(step: int) -> tuple[Tensor, Tensor, list[int]]:
+        masks = masks_at(drafter, step - 1, budget.steps)
+        draws = generator(seed, step)
+        depth, anchor = groups.drop(n - 1, masks, spec.keep, spec.keep_min, draws, spec.anchors)
+        return depth.to(device), anchor.to(device), torch.bincount(depth).tolist()
 
-    def loss(batch: Batch) -> tuple[Tensor, Metrics]:
-        now = next(step)
-        generator = torch.Generator().manual_seed(seed + now)  # of this step alone: nothing to save for a resume
-        masks = masks_at(drafter, now, budget.steps)
-        depth, anchor = groups.drop(n - 1, masks, spec.keep, spec.keep_min, generator, spec.anchors)
-        counts = torch.bincount(depth).tolist()
+    def count(batch: Batch, step: int) -> list[Tensor]:
+        return tallies(drafter, batch, *layout(step)[1:])
+
+    def loss(batch: Batch, step: int, totals: list[Tensor]) -> tuple[Tensor, Metrics]:
         features = teacher(target, batch, spec.taps, run)
-        value, parts = group_loss(drafter, batch, features, depth.to(device), anchor.to(device), counts)
+        value, parts = group_loss(drafter, batch, features, *layout(step), totals)
         metrics: Metrics = {}
-        for slot, (nats, matches, count) in enumerate(parts):
-            metrics |= {f"loss_{slot}": (nats, count), f"match_{slot}": (matches, count)}
+        for slot, (nats, matches, valid) in enumerate(parts):
+            metrics |= {f"loss_{slot}": (nats, valid), f"match_{slot}": (matches, valid)}
         return value, metrics
 
-    fit(
+    lines = fit(
         drafter,
         loss,
-        batches,
+        rows,
         budget,
+        count=count,
         seed=seed,
         device=device,
-        log=record,
+        log=log,
         evaluate=lambda: acceptance(drafter, held),
+        state=state,
     )
-    drafters.save(drafter, Path(folder))
-    manifest.write_frame(Path(folder) / "training.csv", pd.DataFrame(lines))
+    if main_process():
+        drafters.save(drafter, Path(folder))
+        manifest.write_frame(Path(folder) / "training.csv", pd.DataFrame(lines))

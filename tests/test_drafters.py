@@ -109,7 +109,7 @@ def test_documents_do_not_see_each_other(kind, attention):
         depth, anchor = groups.layout(n - 1, drafter.masks)
         counts = [n - 1] * (drafter.masks + 1)
         terms, parts = train.group_terms(drafter, batch, train.teacher(target, batch, taps), depth, anchor, counts)
-        return torch.cat([torch.stack(parts).flatten(), torch.stack([t for term in terms for t in term[1:]])])
+        return torch.cat([torch.stack(parts).flatten(), torch.stack([term.total for term in terms])])
 
     together = sums([0, 1, 2])
     torch.testing.assert_close(together, sums([2, 0, 1]), rtol=1e-5, atol=1e-4)
@@ -197,6 +197,21 @@ def test_loss_and_gradient_equal_the_loss_written_out(kind, changes, logits, mon
     assert len(slopes[0]) == len(slopes[1]) > 4
     for mine, reference in zip(*slopes, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_a_batch_add_up_with_the_streak():
+    target = toys.target()
+    drafter = toys.drafter("eagle-ps", target, streak_weight=0.5, keep=0.7)
+    batch = as_batch(toys.rows(4))
+    depth, anchor = groups.drop(23, drafter.masks, 0.7, 0.2, torch.Generator().manual_seed(0))
+    counts = torch.bincount(depth).tolist()
+    totals = train.tallies(drafter, batch, anchor, counts)
+    parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
+
+    def loss(part, totals=None):
+        return train.group_loss(drafter, part, train.teacher(target, part), depth, anchor, counts, totals)[0]
+
+    torch.testing.assert_close(sum(loss(part, totals) for part in parts), loss(batch))
 
 
 def test_acceptance_equals_counting_by_hand():
