@@ -11,8 +11,6 @@ machine that installed the same pins.
 
 from __future__ import annotations
 
-import ast
-import bisect
 import hashlib
 import importlib.metadata
 import json
@@ -21,10 +19,7 @@ import lzma
 import os
 import platform
 import re
-import shutil
 import sysconfig
-import warnings
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
@@ -34,7 +29,7 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -47,8 +42,6 @@ NEVER = ("pip", "setuptools", "wheel", "psnb")  # differ between machines, or ar
 HELD_OUT = ("attrs", "jinja2", "jsonschema", "mistune", "networkx", "tornado", "websocket-client")  # no copies in train
 VENDOR_DIRS = ("_vendor", "vendored", "externals", "third_party")
 SHORTEST_WINDOW = 16
-FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
-FAMILIES = ("body", "docstring", "test", "class", "literal")
 
 # One alternative a line: indentation with its newlines, words (one sign before them at most), numbers, signs, blanks.
 SPLIT = (
@@ -142,13 +135,11 @@ def code_corpus(
     held_out: Sequence[str],
     min_bytes: int = 200,
     max_bytes: int = 400_000,
-    cache_dir: Path | None = None,
 ) -> DatasetDict:
     """Splits `train` and `held_out` with columns package, version, path, text, sha256, sorted by (package, path).
 
     `held_out` names whole packages. Of equal texts one is kept, the held-out one first. Vendored copies of held-out
-    packages are dropped. With `cache_dir` the corpus is written below it, under the hash of its content, and read
-    back memory-mapped. Raises UserError for an empty corpus or a held-out package without files.
+    packages are dropped. Raises UserError for an empty corpus or a held-out package without files.
     """
     wanted = {_normal(name) for name in held_out}
     modules = {p.split("/")[0].removesuffix(".py") for p in files.path[files.package.isin(wanted)]}
@@ -181,22 +172,7 @@ def code_corpus(
     if not splits["train"]["text"]:
         raise UserError(f"the corpus is empty: no file of {len(files)} is left to train on; check the constraints file")
     features = Features({column: Value("string") for column in columns})
-    corpus = DatasetDict({name: Dataset.from_dict(split, features=features) for name, split in splits.items()})
-    return corpus if cache_dir is None else _stored(corpus, Path(cache_dir))
-
-
-def _stored(corpus: DatasetDict, cache_dir: Path) -> DatasetDict:
-    """The corpus read back memory-mapped from cache_dir/code-<content hash>, written there if it is not yet."""
-    content = corpus_manifest(corpus).to_csv(index=False)
-    final = cache_dir / f"code-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
-    if not final.exists():
-        temporary = final.with_name(f"{final.name}.{os.getpid()}.tmp")
-        corpus.save_to_disk(temporary)
-        try:
-            temporary.rename(final)
-        except OSError:  # another process was faster: its copy is the same
-            shutil.rmtree(temporary)
-    return load_from_disk(final)
+    return DatasetDict({name: Dataset.from_dict(split, features=features) for name, split in splits.items()})
 
 
 def corpus_manifest(corpus: DatasetDict) -> pd.DataFrame:
@@ -208,6 +184,48 @@ def corpus_manifest(corpus: DatasetDict) -> pd.DataFrame:
         frame.insert(4, "bytes", [len(text.encode()) for text in frame.text])
         frames.append(frame.drop(columns="text"))
     return pd.concat(frames, ignore_index=True)
+
+
+def _runs(text: str, lines: int) -> np.ndarray:
+    """Hashes [runs] of every run of `lines` non-blank stripped lines with at least 15 characters a line on average."""
+    stripped = [line for line in map(str.strip, text.split("\n")) if line]
+    if len(stripped) < lines:
+        return np.zeros(0, np.uint64)
+    # hash() differs between processes, not within one.
+    hashes = np.fromiter((hash(line) & 0xFFFFFFFFFFFFFFFF for line in stripped), np.uint64, len(stripped))
+    sizes = np.fromiter(map(len, stripped), np.int64, len(stripped))
+    n = len(stripped) - lines + 1
+    code, size, base = np.zeros(n, np.uint64), np.zeros(n, np.int64), np.uint64(0x9E3779B97F4A7C15)
+    for i in range(lines):
+        code = code * base + hashes[i : i + n]
+        size += sizes[i : i + n]
+    return code[size >= 15 * lines]
+
+
+def near_copies(train: Dataset, held_out: Dataset, lines: int = 8) -> pd.DataFrame:
+    """How much of each held-out package stands in train: package, runs, share, top_package, top_share.
+
+    `runs` counts the package's distinct runs of `lines` non-blank stripped lines (of 15 characters on average at
+    least), `share` is the part of them found in train, `top_package` the train package that holds most of them.
+    """
+
+    def distinct(dataset: Dataset) -> dict[str, np.ndarray]:
+        runs: dict[str, list[np.ndarray]] = {}
+        for package, text in zip(dataset["package"], dataset["text"], strict=True):
+            runs.setdefault(package, []).append(_runs(text, lines))
+        return {package: np.unique(np.concatenate(parts)) for package, parts in sorted(runs.items())}
+
+    held = distinct(held_out)
+    every = np.unique(np.concatenate([*held.values()]))
+    copies = {name: np.intersect1d(runs, every, assume_unique=True) for name, runs in distinct(train).items()}
+    rows = []
+    for package, runs in held.items():
+        shared = {name: np.intersect1d(runs, other, assume_unique=True) for name, other in copies.items()}
+        top = max(shared, key=lambda name: len(shared[name]))
+        found, total = len(np.unique(np.concatenate([*shared.values()]))), max(len(runs), 1)
+        best = len(shared[top])
+        rows.append((package, len(runs), found / total, top if best else "", best / total))
+    return pd.DataFrame(rows, columns=["package", "runs", "share", "top_package", "top_share"])
 
 
 # --- 3. tokens ----------------------------------------------------------------------------------------------------
@@ -251,7 +269,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def _encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+def encode(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
     """Token ids of texts without any added; special tokens spelt out inside a text are ordinary text."""
     return tokenizer(texts, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
 
@@ -260,7 +278,7 @@ def _documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list
     """Token ids of texts, each with the end-of-text id last; UserError for a tokenizer without one."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token; set tokenizer.eos_token")
-    return [[*ids, tokenizer.eos_token_id] for ids in _encode(texts, tokenizer)]
+    return [[*ids, tokenizer.eos_token_id] for ids in encode(texts, tokenizer)]
 
 
 def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, num_proc: int | None = None) -> Dataset:
@@ -365,240 +383,7 @@ def pack(dataset: Dataset, length: int) -> Dataset:
     return Dataset(pa.table(arrays))
 
 
-# --- 5. prompts ---------------------------------------------------------------------------------------------------
-
-
-def _lines(lines: list[str], first: int, last: int) -> str:
-    """Lines first..last, counted from 1 as `ast` does, both included, as one string."""
-    return "\n".join(lines[first - 1 : last]).rstrip()
-
-
-def _start(node: ast.AST) -> int:
-    return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-
-
-def _definitions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST, ast.AST]]:
-    """(qualified name, node, parent) of every class and function that is not inside a function."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.ClassDef | FUNCTION):
-            yield prefix + child.name, child, node
-            if isinstance(child, ast.ClassDef):
-                yield from _definitions(child, f"{prefix}{child.name}.")
-
-
-def _assignments(node: ast.AST, inside: int = 0) -> Iterator[tuple[ast.AST, int]]:
-    """(statement, 1 inside a function and 0 outside) of every assignment."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Assign | ast.AnnAssign):
-            yield child, inside
-        elif isinstance(child, ast.stmt | ast.ExceptHandler):  # expressions hold no assignment
-            yield from _assignments(child, inside or int(isinstance(child, FUNCTION)))
-
-
-def _docstring(node: ast.AST) -> ast.Expr | None:
-    """The docstring's statement, where it shares no line with anything else and something follows it."""
-    if ast.get_docstring(node, clean=False) is None or len(node.body) == 1:
-        return None
-    doc = node.body[0]
-    return doc if node.lineno < doc.lineno and doc.end_lineno < node.body[1].lineno else None
-
-
-def _code(lines: list[str], node: ast.AST) -> str:
-    """A function's source without its docstring."""
-    if (doc := _docstring(node)) is None:
-        return _lines(lines, _start(node), node.end_lineno)
-    return _lines(lines, _start(node), doc.lineno - 1) + "\n" + _lines(lines, doc.end_lineno + 1, node.end_lineno)
-
-
-def _function_prompts(lines: list[str], node: ast.AST) -> Iterator[tuple[str, str]]:
-    """`body`: signature and docstring. `docstring`: the code, then its signature again and the opening quotes."""
-    doc = _docstring(node)
-    if doc is None or node.end_lineno - doc.end_lineno < 3:
-        return
-    yield "body", _lines(lines, _start(node), doc.end_lineno)
-    if opening := re.match(r"\s*[rRuU]?(\"\"\"|''')", lines[doc.lineno - 1]):
-        head = _lines(lines, _start(node), doc.lineno - 1)
-        yield "docstring", f"{_code(lines, node)}\n\n\n{head}\n{opening.group()}"
-
-
-def _class_prompt(lines: list[str], node: ast.ClassDef) -> str | None:
-    """A class of 15 lines or more, up to the end of the statement on its middle line; 3 lines or more are left out."""
-    middle = (node.lineno + node.end_lineno) // 2
-    end = next(s.end_lineno for s in node.body if s.end_lineno >= middle)
-    if node.end_lineno - node.lineno < 14 or node.end_lineno - end < 3:
-        return None
-    return _lines(lines, _start(node), end)
-
-
-def _literal_prompt(lines: list[str], statement: ast.AST) -> str | None:
-    """Up to 20 lines of context and the first third of an assigned literal of 10 lines or more."""
-    node = statement.value
-    if not isinstance(node, ast.Dict | ast.List | ast.Tuple | ast.Set) or node.end_lineno - node.lineno < 9:
-        return None
-    if "__all__" in lines[statement.lineno - 1]:  # the names to come could not be known
-        return None
-    items = node.values if isinstance(node, ast.Dict) else node.elts
-    third = node.lineno + (node.end_lineno - node.lineno) / 3
-    ends = [a.end_lineno for a, b in pairwise(items) if third <= a.end_lineno < min(b.lineno, node.end_lineno - 3)]
-    return _lines(lines, max(1, statement.lineno - 20), ends[0]) if ends else None
-
-
-def _calls(node: ast.AST) -> set[str]:
-    calls = (call.func for call in ast.walk(node) if isinstance(call, ast.Call))
-    return {getattr(f, "id", getattr(f, "attr", "")) for f in calls}
-
-
-def _candidates(paths: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[str, str, str, str, str, int]]:
-    """(family, path, qualified name, subject, prompt, late) of one package; the late ones fill what the others leave.
-
-    The subject is what a prompt is about: of two candidates with one subject one is kept.
-    """
-    functions: dict[str, list[str]] = {}
-    tests = []
-    for path, text in zip(paths, texts, strict=True):
-        try:
-            with warnings.catch_warnings(action="ignore"):  # old escapes such as "\d"
-                tree = ast.parse(text)
-        except (SyntaxError, ValueError):  # templates and other Pythons
-            continue
-        lines = text.split("\n")
-        is_test = bool(re.search(r"(^|/)(tests?/|test_[^/]*$)|_test\.py$", path))
-        for name, node, parent in _definitions(tree):
-            if isinstance(node, ast.ClassDef):
-                if prompt := _class_prompt(lines, node):
-                    yield "class", path, name, prompt, prompt, 0
-                continue
-            for family, prompt in _function_prompts(lines, node):
-                yield family, path, name, prompt, prompt, 0
-            if not is_test:
-                functions.setdefault(node.name, []).append(_code(lines, node))
-            elif node.name.startswith("test") and node.lineno < _start(node.body[0]):
-                head = _lines(lines, _start(node), _start(node.body[0]) - 1)
-                if isinstance(parent, ast.ClassDef):
-                    head = _lines(lines, _start(parent), _start(parent.body[0]) - 1) + "\n" + head
-                tests.append((path, name, node, head))
-        for node, late in _assignments(tree):
-            if prompt := _literal_prompt(lines, node):
-                yield "literal", path, f"literal:{node.lineno}", prompt, prompt, late
-    for path, name, node, head in tests:  # the function under test: named by the test if possible, never ambiguous
-        called = [f for f in _calls(node) if len(functions.get(f, ())) == 1 and functions[f][0].count("\n") >= 2]
-        if called:
-            subject = max(called, key=lambda f: (f.lower() in name.lower(), len(f), f))
-            yield "test", path, name, functions[subject][0], f"{functions[subject][0]}\n\n\n{head}", 0
-
-
-def _cut_left(prompt: str, tokenizer: PreTrainedTokenizerFast, limit: int) -> tuple[str, list[int]]:
-    """(text, ids) of the longest end of the prompt that starts at a line and has at most `limit` tokens; "" if none."""
-
-    def end(first: int) -> str:
-        return "\n".join(lines[first:]).lstrip("\n")
-
-    def ids(first: int) -> list[int]:
-        return _encode([end(first)], tokenizer)[0]
-
-    lines = prompt.split("\n")
-    places = range(len(lines))
-    # A long text is first cut by its characters, more than the tokens can hold, as tokenizing takes the time here.
-    first = bisect.bisect_left(places, True, key=lambda i: len(end(i)) <= 8 * limit)
-    first = bisect.bisect_left(places, True, lo=first, key=lambda i: len(ids(i)) <= limit)
-    return end(first), ids(first)
-
-
-def code_prompts(
-    held_out: Dataset, tokenizer: PreTrainedTokenizerFast, per_family: int, max_prompt_tokens: int, seed: int = 0
-) -> Dataset:
-    """per_family prompts of each of FAMILIES: id, family, package, path, prompt, input_ids (24 to max_prompt_tokens).
-
-    Every prompt ends where a token ends in training, before the newline. The choice depends on the seed, the packages
-    and their paths and names, not on the order of the files: two prompts a file at most and packages in turn, as far as
-    there are enough. Prompts that fit come before those that must be cut from the left; of literals, those of modules
-    and classes before those of functions. The standard library is never used. Raises UserError for a family with too
-    few prompts.
-    """
-    frame = held_out.select_columns(["package", "path", "text"]).to_pandas()
-    found: dict[str, dict[tuple[str, str], tuple]] = {family: {} for family in FAMILIES}
-    for package, group in frame[frame.package != "python"].groupby("package"):
-        for family, path, name, subject, prompt, late in _candidates(group.path, group.text):
-            key = hashlib.sha256(f"{seed}\0{family}\0{package}\0{path}\0{name}".encode()).hexdigest()
-            row = (key, package, path, prompt, late)
-            found[family][package, subject] = min(row, found[family].get((package, subject), row))
-    rows = []
-    for family, candidates in found.items():
-        fitting, ranked, in_file, in_package = [], [], Counter(), Counter()
-        wholes = _encode([row[3] for row in candidates.values()], tokenizer) if candidates else []
-        for (key, package, path, prompt, late), ids in zip(candidates.values(), wholes, strict=True):
-            text = prompt
-            if len(ids) > max_prompt_tokens:
-                text, ids = _cut_left(prompt, tokenizer, max_prompt_tokens)
-            if len(ids) >= 24:
-                late = late or int(family != "literal" and text != prompt)  # of a literal only context is cut
-                fitting.append((late, key, package, path, text, ids))
-        for late, key, package, path, text, ids in sorted(fitting):
-            surplus = in_file[package, path] >= 2
-            in_file[package, path] += 1
-            in_package[package, surplus, late] += 1
-            ranked.append(((surplus, late, in_package[package, surplus, late], key), package, path, text, ids))
-        if len(ranked) < per_family:
-            raise UserError(
-                f"only {len(ranked)} prompts of family {family!r} in the held-out packages, {per_family} asked for; "
-                "hold out more packages or ask for fewer prompts"
-            )
-        for i, (_, package, path, text, ids) in enumerate(sorted(ranked)[:per_family]):
-            rows.append((f"{family}-{i:03d}", family, package, path, text, ids))
-    names = ("id", "family", "package", "path", "prompt")
-    features = Features({name: Value("string") for name in names} | {"input_ids": List(Value("int32"))})
-    return Dataset.from_list([dict(zip(features, row, strict=True)) for row in rows], features=features)
-
-
-def prompts_sha256(prompts: Dataset) -> str:
-    """sha256 over (family, package, path, prompt) of every prompt, in order."""
-    columns = [prompts[name] for name in ("family", "package", "path", "prompt")]
-    return hashlib.sha256("\n".join(json.dumps(row) for row in zip(*columns, strict=True)).encode()).hexdigest()
-
-
-def _runs(text: str, lines: int) -> np.ndarray:
-    """Hashes [runs] of every run of `lines` non-blank stripped lines with at least 15 characters a line on average."""
-    stripped = [line for line in map(str.strip, text.split("\n")) if line]
-    if len(stripped) < lines:
-        return np.zeros(0, np.uint64)
-    # hash() differs between processes, not within one.
-    hashes = np.fromiter((hash(line) & 0xFFFFFFFFFFFFFFFF for line in stripped), np.uint64, len(stripped))
-    sizes = np.fromiter(map(len, stripped), np.int64, len(stripped))
-    n = len(stripped) - lines + 1
-    code, size, base = np.zeros(n, np.uint64), np.zeros(n, np.int64), np.uint64(0x9E3779B97F4A7C15)
-    for i in range(lines):
-        code = code * base + hashes[i : i + n]
-        size += sizes[i : i + n]
-    return code[size >= 15 * lines]
-
-
-def near_copies(train: Dataset, held_out: Dataset, lines: int = 8) -> pd.DataFrame:
-    """How much of each held-out package stands in train: package, runs, share, top_package, top_share.
-
-    `runs` counts the package's distinct runs of `lines` non-blank stripped lines (of 15 characters on average at
-    least), `share` is the part of them found in train, `top_package` the train package that holds most of them.
-    """
-
-    def distinct(dataset: Dataset) -> dict[str, np.ndarray]:
-        runs: dict[str, list[np.ndarray]] = {}
-        for package, text in zip(dataset["package"], dataset["text"], strict=True):
-            runs.setdefault(package, []).append(_runs(text, lines))
-        return {package: np.unique(np.concatenate(parts)) for package, parts in sorted(runs.items())}
-
-    held = distinct(held_out)
-    every = np.unique(np.concatenate([*held.values()]))
-    copies = {name: np.intersect1d(runs, every, assume_unique=True) for name, runs in distinct(train).items()}
-    rows = []
-    for package, runs in held.items():
-        shared = {name: np.intersect1d(runs, other, assume_unique=True) for name, other in copies.items()}
-        top = max(shared, key=lambda name: len(shared[name]))
-        found, total = len(np.unique(np.concatenate([*shared.values()]))), max(len(runs), 1)
-        best = len(shared[top])
-        rows.append((package, len(runs), found / total, top if best else "", best / total))
-    return pd.DataFrame(rows, columns=["package", "runs", "share", "top_package", "top_share"])
-
-
-# --- 6. chats -----------------------------------------------------------------------------------------------------
+# --- 5. chats -----------------------------------------------------------------------------------------------------
 
 # A turn is "<|role|>\ncontent<|endoftext|>": the turn's end is a token that every tokenizer of ours has.
 CHAT_TEMPLATE = (
@@ -621,26 +406,35 @@ def _read_records(path: Path) -> Iterator[dict]:
             raise UserError(f"{path}: not a complete xz file ({error}); fetch it again") from None
 
 
+SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles; others stay
+
+
 def _checked(record: object, where: str) -> dict:
     """{"messages": [{role, content}] or None, "text": str or None}; UserError for another shape."""
-    messages, text = (record.get("messages"), record.get("text")) if isinstance(record, dict) else (None, None)
-    if messages is None and isinstance(text, str):
-        return {"messages": None, "text": text}
+    given = record if isinstance(record, dict) else {}
+    messages, text = given.get("messages"), given.get("text")
     try:
+        if messages is None and "conversations" in given:
+            messages = [
+                {"role": SHAREGPT.get(m["from"], m["from"]), "content": m["value"]} for m in given["conversations"]
+            ]
+        if messages is None and isinstance(text, str):
+            return {"messages": None, "text": text}
         turns = [{name: m[name] for name in ("role", "content")} for m in messages]
         if not all(isinstance(value, str) for turn in turns for value in turn.values()):
             raise TypeError
     except (KeyError, TypeError):
-        shape = '{"messages": [{"role": ..., "content": ...}]} or {"text": ...}'
+        shape = '{"messages": [{"role": ..., "content": ...}]}, {"conversations": ...} as in ShareGPT, or {"text": ...}'
         raise UserError(f"{where}: the record is not {shape} with strings; convert it") from None
     return {"messages": turns, "text": None}
 
 
-def load_records(source: str, split: str = "train") -> Dataset:
+def load_records(source: str, split: str = "train") -> tuple[Dataset, dict[str, int]]:
     """Columns messages (list of role, content) and text, one of them None, of a .jsonl[.xz] file or a hub data set.
 
-    Records without any content are dropped and counted in the log. Raises UserError for a line that cannot be read
-    (with file and line number), a source that cannot be loaded, and where no record is left.
+    Records without any content are dropped; beside the data set comes how many: {"records": read, "empty": dropped}.
+    Raises UserError for a line that cannot be read (with file and line number), a source that cannot be loaded, and
+    where no record is left.
     """
     if source.endswith((".jsonl", ".jsonl.xz")):
         if not Path(source).is_file():
@@ -658,7 +452,28 @@ def load_records(source: str, split: str = "train") -> Dataset:
     if not kept:
         raise UserError(f"{source}: no record with content ({len(records)} read); give another file")
     turn = {"role": Value("string"), "content": Value("string")}
-    return Dataset.from_list(kept, features=Features({"messages": List(turn), "text": Value("string")}))
+    facts = {"records": len(records), "empty": len(records) - len(kept)}
+    return Dataset.from_list(kept, features=Features({"messages": List(turn), "text": Value("string")})), facts
+
+
+class Refused(UserError):
+    """The chat template does not take this chat; others may be fine."""
+
+
+def render(messages: Sequence[dict], tokenizer: PreTrainedTokenizerFast, prompt: bool) -> str:
+    """A chat as the tokenizer's template writes it; with `prompt`, up to where the assistant begins.
+
+    Raises UserError for a tokenizer without a template, and Refused where the template refuses the chat.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template: give the profile the one that its model was trained with "
+            "(target.chat_template; psnb.data.CHAT_TEMPLATE is a plain one)"
+        )
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+    except jinja2.TemplateError as error:
+        raise Refused(f"the chat template refuses a chat ({error}); set another template") from error
 
 
 def chat_tokens(messages: Sequence[dict], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[int]]:
@@ -666,27 +481,18 @@ def chat_tokens(messages: Sequence[dict], tokenizer: PreTrainedTokenizerFast) ->
 
     An assistant turn is the text that the template adds to the turns before it and their generation prompt; a token
     belongs to it if it lies wholly inside. An assistant turn that opens the chat has no prompt and is not selected.
-    Raises UserError for a tokenizer without a template, and for a template that rewrites earlier turns.
+    Raises UserError as `render` does, and for a template that rewrites earlier turns.
     """
-    if not tokenizer.chat_template:
-        raise UserError("the tokenizer has no chat template; set tokenizer.chat_template = psnb.data.CHAT_TEMPLATE")
     if not tokenizer.is_fast:
         raise UserError("the chat's loss mask needs a fast tokenizer; load one with tokenizer.json")
-
-    def render(turns: Sequence[dict], prompt: bool) -> str:
-        try:
-            return tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=prompt)
-        except jinja2.TemplateError as error:
-            raise UserError(f"the chat template refuses a chat ({error}); set another template") from error
-
-    text, spans = render(messages, False), []
+    text, spans = render(messages, tokenizer, False), []
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i:
-            before, after = render(messages[:i], True), render(messages[: i + 1], False)
+            before, after = render(messages[:i], tokenizer, True), render(messages[: i + 1], tokenizer, False)
             if not (after.startswith(before) and text.startswith(after)):
                 raise UserError(
                     f"the chat template is not prefix-stable: it writes turn {i} or those before otherwise once more "
-                    "follows; set tokenizer.chat_template to one that only appends"
+                    "follows; set target.chat_template to one that only appends"
                 )
             spans.append((len(before), len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -694,25 +500,45 @@ def chat_tokens(messages: Sequence[dict], tokenizer: PreTrainedTokenizerFast) ->
     return encoded["input_ids"], mask
 
 
-def tokenize_chat(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, num_proc: int | None = None) -> Dataset:
+def tokenize_chat(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerFast, length: int | None = None, num_proc: int | None = None
+) -> tuple[Dataset, dict[str, int]]:
     """`input_ids` and `loss_mask` (int32) of load_records' records; a `text` record is trained on everywhere.
 
-    Raises UserError where the mask selects nothing, or everything, of all chats.
+    A chat is cut at `length` tokens: what follows would be trained on without what it answers. Chats that the template
+    refuses and those whose mask selects nothing are dropped. Beside the data set come the numbers of these: {"cut",
+    "refused", "silent"}. Raises UserError where no chat is left of any, or the mask selects everything of all chats.
     """
 
-    def encode(record: dict) -> dict:
+    def encode_record(record: dict) -> dict:
         if record["messages"] is None:
             [ids] = _documents([record["text"]], tokenizer)
-            return {"input_ids": ids, "loss_mask": [1] * len(ids), "chat": False}
-        ids, mask = chat_tokens(record["messages"], tokenizer)
-        return {"input_ids": ids, "loss_mask": mask, "chat": True}
+            return {"input_ids": ids, "loss_mask": [1] * len(ids), "kind": "text"}
+        try:
+            ids, mask = chat_tokens(record["messages"], tokenizer)
+        except Refused as error:
+            return {"input_ids": [], "loss_mask": [], "kind": f"refused: {error}"}
+        kind = "cut" if length and len(ids) > length else "chat"
+        ids, mask = ids[:length], mask[:length]
+        return {"input_ids": ids, "loss_mask": mask, "kind": kind if any(mask) else "silent"}
 
     lists = {"input_ids": List(Value("int32")), "loss_mask": List(Value("int32"))}
-    features = Features(lists | {"chat": Value("bool")})
-    done = dataset.map(encode, num_proc=num_proc, remove_columns=dataset.column_names, features=features, desc="chats")
-    mask, starts = _flat(done, "loss_mask")
-    of_chats = mask[np.repeat(np.array(done["chat"], dtype=bool), np.diff(starts))]
-    if len(of_chats) and of_chats.min() == of_chats.max():
-        what = "everything" if of_chats[0] else "nothing"
-        raise UserError(f"the loss mask selects {what} of {len(of_chats)} tokens; check the roles and the template")
-    return done.remove_columns("chat")
+    features = Features(lists | {"kind": Value("string")})
+    done = dataset.map(
+        encode_record, num_proc=num_proc, remove_columns=dataset.column_names, features=features, desc="chats"
+    )
+    kinds = np.array(done["kind"], dtype=str)
+    facts = {name: int(np.char.startswith(kinds, name).sum()) for name in ("cut", "refused", "silent")}
+    chats = np.isin(kinds, ("chat", "cut"))
+    lost = facts["refused"] + facts["silent"]
+    if lost and not chats.any():
+        why = next(k for k in kinds if k.startswith("refused")) if facts["refused"] else "the loss mask selects nothing"
+        raise UserError(
+            f"none of {lost} chats can be trained on ({why}); check the roles, the template and data.length"
+        )
+    kept = done.select(np.flatnonzero(chats | (kinds == "text")))
+    mask, starts = _flat(kept, "loss_mask")
+    of_chats = mask[np.repeat(np.isin(kept["kind"], ("chat", "cut")), np.diff(starts))]
+    if len(of_chats) and of_chats.all():
+        raise UserError(f"the loss mask selects everything of {len(of_chats)} tokens; check the roles and the template")
+    return kept.remove_columns("kind"), facts

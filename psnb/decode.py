@@ -136,7 +136,9 @@ def check(target: Target, prompt: Sequence[int], settings: Settings, drafter: Dr
     if drafter is None:
         return
     if settings.rule == "block" and settings.tree != "chain":
-        raise UserError(f"block verification is for chains, not for a {settings.tree} tree: choose coupled or rejection")
+        raise UserError(
+            f"block verification is for chains, not for a {settings.tree} tree: choose coupled or rejection"
+        )
     wrong = "dynamic" if drafter.one_pass else "best_first"
     if settings.tree == wrong:
         cure = "best_first" if drafter.one_pass else "dynamic"
@@ -164,7 +166,9 @@ class _Clock:
         self.last = now
 
 
-def _forward(target: Target, tokens: Tensor, cache: KVCache, shape: Shape | None = None) -> Tensor:
+def _forward(
+    target: Target, tokens: Tensor, cache: KVCache, shape: Shape | None = None, taps: Sequence[int] = ()
+) -> Tensor:
     """Feed tokens [r] after what the cache holds, in a row or as a tree with its root: features [1, r, H]."""
     held, r = cache.length, len(tokens)
     if shape is None:
@@ -173,7 +177,7 @@ def _forward(target: Target, tokens: Tensor, cache: KVCache, shape: Shape | None
     else:
         places = held + _depths(shape)
         mask = torch.cat([shape.mask.new_ones(r, held), shape.mask], 1)
-    return target.features(tokens[None], places[None], mask[None, None], cache)
+    return target.features(tokens[None], places[None], mask[None, None], cache, taps)
 
 
 def _depths(shape: Shape) -> Tensor:
@@ -294,7 +298,8 @@ def speculative(target: Target, drafter: Drafter, prompt: Sequence[int], setting
     cache = KVCache(target.layers, room)
     own = KVCache(max(1, drafter.spec.layers), room + drafter.k + plan.k * plan.beam)
     known = torch.tensor(prompt, device=target.device)
-    features = _forward(target, known, cache)
+    taps = drafter.spec.taps
+    features = _forward(target, known, cache, taps=taps)
     token = sampler.choose(target.logits(features[0, -1:]), len(prompt))
     if len(prompt) > 1:  # rows whose next token is in the prompt; the last one waits for the first round
         drafter.prefill(features[:, :-1], known[None, 1:], own)
@@ -307,7 +312,7 @@ def speculative(target: Target, drafter: Drafter, prompt: Sequence[int], setting
         tree = drafter.draft(features, following, plan, propose, own)
         clock.lap("draft")
         fed = torch.cat([following[0, -1:], tree.tokens])
-        features = _forward(target, fed, cache, None if chain else tree.shape)
+        features = _forward(target, fed, cache, None if chain else tree.shape, taps)
         path, count, token = sampler.verdict(tree, target.logits(features[0]), plan)
         accepted = int(count)
         clock.lap("verify")

@@ -1,40 +1,54 @@
-"""The training loop that the target and the drafters share (through accelerate)."""
+"""The training loop that the target and the drafters share: one process or several, stopped and resumed exactly."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
+from psnb import manifest
 from psnb.errors import UserError
 from psnb.profile import FitSpec
 
 Batch = dict[str, Tensor]
-Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count): they add up over steps and processes
-Row = dict[str, object]  # one line of training.csv: step, tokens, metric, value
+Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count): they add up over steps, parts and processes
+Row = dict[str, Any]  # one line of training.csv: step, tokens, metric, value
+Loss = Callable[[Batch, int, Any], tuple[Tensor, Metrics]]  # (part of the batch, step, counts of the whole batch)
+
+FREE = ("accumulate", "compile", "log_every", "evaluate_every", "save_every")  # may change when a run is resumed
 
 
-def batches(rows: Batch, size: int, steps: int, seed: int) -> Iterator[Batch]:
-    """`steps` batches of `size` rows, each epoch in a fresh order; `rows` maps a name to a tensor [R, n].
+def batches(rows: Batch, size: int, steps: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """Batches `start` .. `steps` - 1, `size` rows each, each epoch in a fresh order; `rows` maps a name to [R, n].
 
-    An epoch's remainder is joined with the next epoch's start, so every row is seen equally often.
+    An epoch's remainder is joined with the next epoch's start, so every row is seen equally often. The order depends on
+    `seed` alone: a resumed run draws it again and skips what it has seen.
     """
     count = len(next(iter(rows.values())))
     if count == 0:
         raise UserError("the training rows are empty: give the profile more text (data.packages, data.source)")
-    generator = torch.Generator().manual_seed(seed)
+    draws = torch.Generator().manual_seed(seed)
     order = torch.empty(0, dtype=torch.long)
     device = next(iter(rows.values())).device
-    for _ in range(steps):
+    for step in range(steps):
         while len(order) < size:
-            order = torch.cat([order, torch.randperm(count, generator=generator)])
+            order = torch.cat([order, torch.randperm(count, generator=draws)])
         index, order = order[:size].to(device), order[size:]
-        yield {name: tensor[index] for name, tensor in rows.items()}
+        if step >= start:
+            yield {name: tensor[index] for name, tensor in rows.items()}
+
+
+def generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step, the same in every process: a function of (seed, step), so nothing to save."""
+    return torch.Generator().manual_seed(int(manifest.digest([seed, step])[:15], 16))
 
 
 def rate(step: int, spec: FitSpec) -> float:
@@ -50,25 +64,114 @@ def compiled(function: Callable[..., Any], spec: FitSpec, device: torch.device) 
     return torch.compile(function, dynamic=False) if spec.compile and device.type == "cuda" else function
 
 
+def main_process() -> bool:
+    """Whether this process is the one that logs and writes."""
+    return PartialState().is_main_process
+
+
+def reduce_gradients(accelerator: Accelerator, weights: list[nn.Parameter]) -> None:
+    """Adds up the gradients of all processes, in one flat all-reduce.
+
+    By hand rather than by DDP: a loss calls several methods of a drafter, not one wrapped forward; DDP averages where
+    sums are wanted; and accumulation then needs no special case.
+    """
+    given = [p for p in weights if p.grad is not None]
+    if accelerator.num_processes > 1 and given:
+        flat = accelerator.reduce(torch.cat([p.grad.flatten() for p in given]), "sum")
+        for p, gradient in zip(given, flat.split([p.numel() for p in given]), strict=True):
+            p.grad = gradient.view_as(p)
+
+
+def _memory(error: RuntimeError) -> bool:
+    """Whether a GPU's or the machine's memory ran out."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _lines(rows: list[Row]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+class Saved:
+    """What a killed run leaves in a folder: `state.pt`, replaced as a whole, and `rows.jsonl`, which only grows.
+
+    `identity` names the training: another one's state is refused.
+    """
+
+    def __init__(self, folder: Path, identity: dict[str, Any]) -> None:
+        self.file, self.rows, self.identity = Path(folder) / "state.pt", Path(folder) / "rows.jsonl", identity
+
+    def load(self, device: torch.device) -> tuple[dict[str, Any], list[Row]]:
+        """(state, rows logged up to its step); both empty where nothing was saved.
+
+        Raises `UserError` for a damaged state and for another training's.
+        """
+        state: dict[str, Any] = {}
+        cure = f"delete {self.file.parent} to start this training again"
+        if self.file.is_file():
+            try:
+                state = torch.load(self.file, map_location=device, weights_only=True)
+            except Exception as error:  # torch, pickle and zip each raise their own kinds
+                raise UserError(f"{self.file}: damaged ({str(error).splitlines()[0]}); {cure}") from error
+            if state["identity"] != self.identity:
+                wrong = [k for k in self.identity if state["identity"].get(k) != self.identity[k]]
+                raise UserError(f"{self.file}: of another training (other {', '.join(wrong)}); {cure}")
+        rows: list[Row] = []
+        if self.rows.is_file():
+            lines = self.rows.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline was cut
+            rows = [row for row in map(json.loads, lines) if row["step"] <= state.get("step", 0)]
+        return state, rows
+
+    def start(self, rows: list[Row]) -> None:
+        """Leaves these rows alone: those of steps that will be done again go."""
+        manifest.write_text(self.rows, _lines(rows))
+
+    def add(self, rows: list[Row]) -> None:
+        with open(self.rows, "a", encoding="utf-8") as file:
+            file.write(_lines(rows))
+
+    def save(self, state: dict[str, Any]) -> None:
+        with manifest.replacing(self.file) as temporary:
+            torch.save({"identity": self.identity, **state}, temporary)
+
+
 def fit(
     module: nn.Module,
-    loss: Callable[[Batch], tuple[Tensor, Metrics]],
+    loss: Loss,
     rows: Batch,
     spec: FitSpec,
     *,
+    count: Callable[[Batch, int], Any],
     seed: int,
     device: torch.device,
     log: Callable[[Row], None],
     evaluate: Callable[[], dict[str, float]] | None = None,
-) -> None:
-    """Train `module` in place: AdamW on `loss(batch)`, bf16 autocast on a GPU, float32 on a CPU.
+    state: Path | None = None,
+) -> list[Row]:
+    """Train `module` in place: AdamW, bf16 autocast on a GPU, float32 on a CPU. Returns all rows, in step order.
 
-    rows: name -> [R, n]. `log` receives one row a metric every `log_every` steps (means over those steps), and
-    `evaluate()`'s values every `evaluate_every` steps and after the last. Matrices decay, vectors do not.
-    Raises `UserError` when the loss is not finite.
+    rows: name -> [R, n], the same in every process. A step's batch of `spec.rows` rows is cut in processes x
+    `spec.accumulate` equal parts. `count(batch, step)` sees the whole batch and says what its sums are divided by;
+    `loss(part, step, counts)` returns the part's sums over those counts, so that the parts' values add up to the loss,
+    and their gradients to the gradient, however the batch is cut. Both may depend on nothing but their arguments (see
+    `generator`). Example: parts of 3 and 1 tokens with losses 1 1 1 and 5 give 3/4 and 5/4, together the mean 2; the
+    mean of the parts' means would be 3.
+
+    `log` receives one row a metric every `log_every` steps (means over those steps), and `evaluate()`'s values every
+    `evaluate_every` steps and after the last; in the main process only. Matrices decay, vectors do not.
+
+    With `state`, a folder, everything needed to go on is saved there every `save_every` steps and after the last; a
+    run that finds it goes on from it and ends with the same weights, bit for bit on a CPU.
+    Raises `UserError` when the loss is not finite, the memory runs out, the batch cannot be cut evenly, or `state`
+    belongs to another training.
     """
     torch.manual_seed(seed)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="bf16" if device.type == "cuda" else "no")
+    main, parts = accelerator.is_main_process, accelerator.num_processes * spec.accumulate
+    if spec.accumulate < 1 or spec.rows % parts:
+        raise UserError(
+            f"train.rows = {spec.rows} cannot be cut evenly in {accelerator.num_processes} process(es) x accumulate "
+            f"= {spec.accumulate}: make rows a multiple of {max(parts, 1)}"
+        )
     module.to(device).train()
     weights = [p for p in module.parameters() if p.requires_grad]
     groups = [
@@ -76,38 +179,95 @@ def fit(
         {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, spec))
-    optimizer, schedule = accelerator.prepare(optimizer, schedule)
 
+    saved: Saved | None = None
+    lines: list[Row] = []
     sums: dict[str, Tensor] = {}
-    tokens, started = 0, time.perf_counter()
+    begin, tokens, seconds = 0, 0, 0.0  # begin: the last step that is saved
+    if state is not None:
+        budget = {k: v for k, v in dataclasses.asdict(spec).items() if k not in FREE}
+        data = {name: [*tensor.shape, int(tensor.sum())] for name, tensor in rows.items()}
+        saved = Saved(state, {"budget": budget, "seed": seed, "rows": data})
+        found, lines = saved.load(device)
+        if main:  # it alone writes
+            saved.start(lines)
+        if found:
+            module.load_state_dict(found["module"])
+            optimizer.load_state_dict(found["optimizer"])
+            begin, tokens, seconds = found["step"], found["tokens"], found["seconds"]
+            sums = found["sums"] if main else {name: torch.zeros_like(pair) for name, pair in found["sums"].items()}
+            if main:
+                manifest.say(f"training resumes after step {begin} of {spec.steps}")
+    started = time.perf_counter() - seconds
 
     def report(step: int, values: dict[str, float]) -> None:
-        for metric, value in values.items():
-            log({"step": step, "tokens": tokens, "metric": metric, "value": value})
+        new = [{"step": step, "tokens": tokens, "metric": name, "value": value} for name, value in values.items()]
+        lines.extend(new)
+        if saved is not None:
+            saved.add(new)
+        for row in new:
+            log(row)
 
-    for step, batch in enumerate(batches(rows, spec.rows, spec.steps, seed), start=1):
-        with accelerator.autocast():
-            value, metrics = loss(batch)
-        accelerator.backward(value)
-        accelerator.clip_grad_norm_(weights, spec.clip)
-        optimizer.step()
-        schedule.step()
+    def collect(step: int) -> None:
+        """Adds up the sums of all processes in the main one. Raises `UserError` where the loss is not finite."""
+        total = accelerator.reduce(torch.stack(list(sums.values())), "sum")
+        for name, pair in zip(sums, total, strict=True):
+            sums[name] = pair if main else torch.zeros_like(pair)
+        if not math.isfinite(value := total[list(sums).index("loss"), 0].item()):
+            raise UserError(f"training diverged at step {step} (loss {value}): lower learning_rate")
+
+    def parts_of(batch: Batch) -> Iterator[Batch]:
+        first = accelerator.process_index * spec.accumulate
+        for part in range(first, first + spec.accumulate):
+            yield {name: tensor.chunk(parts)[part] for name, tensor in batch.items()}
+
+    for step, batch in enumerate(batches(rows, spec.rows, spec.steps, seed, begin), start=begin + 1):
+        for group in optimizer.param_groups:
+            group["lr"] = spec.learning_rate * rate(step - 1, spec)
+        try:
+            counts = count(batch, step)
+            for part in parts_of(batch):
+                with accelerator.autocast():
+                    value, metrics = loss(part, step, counts)
+                accelerator.backward(value)
+                whole = {"loss": (value, torch.full_like(value, 1 / parts)), **metrics}  # a step's parts are one loss
+                for name, pair in whole.items():
+                    pair = torch.stack([number.detach().float() for number in pair])
+                    sums[name] = sums[name] + pair if name in sums else pair
+            reduce_gradients(accelerator, weights)
+            accelerator.clip_grad_norm_(weights, spec.clip)
+            optimizer.step()
+        except RuntimeError as error:
+            if not _memory(error):
+                raise
+            kept = f"; what was saved after step {begin} is kept in {state}" if saved is not None and begin else ""
+            raise UserError(
+                f"out of memory at training step {step}: set train.accumulate to {2 * spec.accumulate} (slower, the "
+                "same result), or lower train.rows, data.length, or a drafter's keep or layers" + kept
+            ) from error
         optimizer.zero_grad(set_to_none=True)
         tokens += next(iter(batch.values())).numel()
-        for name, (total, count) in {"loss": (value.detach(), torch.ones_like(value)), **metrics}.items():
-            pair = torch.stack([total.detach().float(), count.detach().float()])
-            sums[name] = sums[name] + pair if name in sums else pair
-        if step % spec.log_every == 0 or step == spec.steps:
-            values = {name: (pair[0] / pair[1].clamp(min=1)).item() for name, pair in sums.items()}
-            if not math.isfinite(values["loss"]):
-                raise UserError(f"training diverged at step {step} (loss {values['loss']}): lower learning_rate")
+        last = step == spec.steps
+        if step % spec.log_every == 0 or last:
+            collect(step)
+            if main:
+                values = {name: (pair[0] / pair[1].clamp(min=1e-9)).item() for name, pair in sums.items()}
+                if device.type == "cuda":
+                    values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+                report(step, {**values, "seconds": time.perf_counter() - started})
             sums = {}
-            values["seconds"] = time.perf_counter() - started
-            report(step, values)
-        if evaluate and (step == spec.steps or (spec.evaluate_every and step % spec.evaluate_every == 0)):
+        if main and evaluate and (last or (spec.evaluate_every and step % spec.evaluate_every == 0)):
             module.eval()
             with torch.no_grad(), accelerator.autocast():
                 report(step, evaluate())
             module.train()
+        if saved is not None and (last or step % spec.save_every == 0):
+            if sums:
+                collect(step)
+            if main:
+                state_now = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums}
+                saved.save({**state_now, "step": step, "tokens": tokens, "seconds": time.perf_counter() - started})
+            begin = step
+    accelerator.wait_for_everyone()
     module.eval()
+    return lines

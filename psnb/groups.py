@@ -1,12 +1,26 @@
-"""The group layout of group-wise training: rows, positions, attention mask, conditional drop (DESIGN section 2).
+"""The group layout of group-wise training: rows, positions, attention, conditional drop (DESIGN section 2).
 
 Every anchor t of a sequence carries masks d = 1..M. Rows are (depth d, anchor t), depth-major; d = 0 is the real row.
+`mask` is the attention written out, [R, R]; `Rows` and `attend` are the same attention without it.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+ATTENTION = "psnb_groups"  # the name under which transformers' layers find `attend`
+DENSE_UP_TO = 1024  # tokens up to which a causal mask is written out
+CHUNK = 2**21  # attention scores held at once on a CPU (measured: 2^20 to 2^22 are fastest)
 
 
 def positions(document: Tensor) -> Tensor:
@@ -40,16 +54,18 @@ def layout(n: int, masks: int) -> tuple[Tensor, Tensor]:
     return depth, torch.arange(n).repeat(masks + 1)
 
 
-def drop(n: int, masks: int, keep: float, keep_min: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def drop(
+    n: int, masks: int, keep: float, keep_min: float, generator: torch.Generator, share: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """The rows that conditional drop keeps (COD: PARD, P-EAGLE): (depth, anchor), depth-major, anchors sorted.
 
-    Depth d keeps max(keep^d, keep_min) of the n anchors, drawn from those that depth d - 1 kept, so that the chain
-    (1, t) .. (d, t) of a kept row is complete. Depth 0 is kept whole. keep = 1 is `layout`.
+    Depth d keeps share * max(keep^d, keep_min) of the n anchors, drawn from those that depth d - 1 kept, so that the
+    chain (1, t) .. (d, t) of a kept row is complete. Depth 0 is kept whole. keep = share = 1 is `layout`.
     """
     kept = torch.arange(n)
     depths, anchors = [torch.zeros(n, dtype=torch.long)], [kept]
     for d in range(1, masks + 1):
-        count = min(len(kept), max(1, round(max(keep**d, keep_min) * n)))
+        count = min(len(kept), max(1, round(share * max(keep**d, keep_min) * n)))
         kept = kept[torch.randperm(len(kept), generator=generator)[:count]].sort().values
         depths.append(torch.full((count,), d))
         anchors.append(kept)
@@ -72,3 +88,160 @@ def mask(depth: Tensor, anchor: Tensor, document: Tensor) -> Tensor:
     own = (depth[None, :] >= 1) & (anchor[None, :] == anchor[:, None]) & (depth[None, :] <= depth[:, None])
     of = document[:, anchor]
     return ((context | own) & (of[:, :, None] == of[:, None, :]))[:, None]
+
+
+# --- the same attention, structured ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What `attend` takes in place of a mask: the rows' depth and anchor [R] and the anchors' documents [B, n].
+
+    `block` is flex attention's block-sparse form of the mask, made on a GPU only.
+    """
+
+    depth: Tensor
+    anchor: Tensor
+    document: Tensor
+    block: BlockMask | None = None
+
+
+def structure(depth: Tensor, anchor: Tensor, document: Tensor) -> Rows:
+    """The group mask without its [R, R] entries: depth, anchor [R], document [B, n] (see `mask`)."""
+    block = block_mask(depth, anchor, document) if document.is_cuda else None
+    return Rows(depth, anchor, document, block)
+
+
+def block_table(depth: Tensor, anchor: Tensor, document: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Which blocks of size x size entries of the group mask hold anything: (some, full), bool [B, Q, Q], Q = R / size.
+
+    `some` may hold an empty block, never lacks one with an entry; every entry of a `full` one is set. Found from each
+    block's least and greatest anchor, depth and document, so it costs (R / size)^2, not R^2. n = 4, no mask, size 2:
+
+        some 1 0    full 0 0
+             1 1         1 0
+    """
+    rows, blocks = len(depth), -(-len(depth) // size)
+    # documents are numbered upwards along a row; padding (-1) comes last, so it becomes the greatest
+    of = torch.where(document < 0, document.shape[1] + document.amax() + 1, document)[:, anchor]
+
+    def least(x: Tensor) -> Tensor:
+        padded = nn.functional.pad(x, (0, blocks * size - rows), value=2**40)
+        return padded.unflatten(-1, (blocks, size)).amin(-1)
+
+    def greatest(x: Tensor) -> Tensor:
+        return -least(-x)
+
+    first = torch.arange(blocks, device=depth.device) * size  # a real row's anchor is its index
+    a0, a1, d0, d1 = least(anchor), greatest(anchor), least(depth), greatest(depth)
+    o0, o1 = least(of), greatest(of)
+    n = document.shape[1]
+    touch = (o0[:, :, None] <= o1[:, None]) & (o0[:, None] <= o1[:, :, None])
+    context = (first < n) & (first <= a1[:, None])
+    own = (d1 >= 1) & (d0.clamp(min=1) <= d1[:, None]) & (a0 <= a1[:, None]) & (a0[:, None] <= a1)
+    one = o0 == o1
+    alike = one[:, :, None] & one[:, None] & (o0[:, :, None] == o0[:, None])
+    full = (first + size <= n) & (first + size - 1 <= a0[:, None])
+    return touch & (context | own), alike & full
+
+
+def block_mask(depth: Tensor, anchor: Tensor, document: Tensor, size: int = 128) -> BlockMask:
+    """The group mask as flex attention takes it: depth, anchor [R], document [B, n]."""
+    of = document[:, anchor]
+
+    def sees(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+        context = (depth[key] == 0) & (anchor[key] <= anchor[row])
+        own = (depth[key] >= 1) & (anchor[key] == anchor[row]) & (depth[key] <= depth[row])
+        return (context | own) & (of[b, row] == of[b, key])
+
+    some, full = block_table(depth, anchor, document, size)
+    lists = []
+    for table in (some & ~full, full):
+        order = table.int().argsort(dim=-1, descending=True, stable=True)
+        lists += [table.sum(-1, dtype=torch.int32)[:, None], order.int()[:, None]]
+    return BlockMask.from_kv_blocks(*lists, BLOCK_SIZE=size, mask_mod=sees, seq_lengths=(len(depth), len(depth)))
+
+
+def causal(document: Tensor) -> Tensor | BlockMask | None:
+    """`causal_mask` in the cheapest form: document [B, n] -> None (causal and nothing else), a mask, or a block mask.
+
+    Up to DENSE_UP_TO tokens the mask is written out. Beyond, it is None where every row is one document, and
+    block-sparse on a GPU.
+    """
+    n = document.shape[1]
+    if n > DENSE_UP_TO:
+        if bool((document == document[:, :1]).all()):
+            return None
+        if document.is_cuda:
+            index = torch.arange(n, device=document.device)
+            return block_mask(torch.zeros_like(index), index, document)
+    return causal_mask(document)
+
+
+def register() -> str:
+    """Make `attend` known to transformers' layers; returns its name for a config's `_attn_implementation`."""
+    AttentionInterface.register(ATTENTION, attend)
+    return ATTENTION
+
+
+def attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention function: query [B, heads, R, D], key, value [B, groups, R, D] -> [B, R, heads, D].
+
+    Structured where `attention_mask` is `Rows`, else `sdpa` with the mask as it is.
+    """
+    if not isinstance(attention_mask, Rows):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in float32
+    # flex attention needs a head of 16 or more
+    one = _flex if attention_mask.block is not None and query.shape[-1] >= 16 else _chunked
+    return one(query, key, value, attention_mask, options["scaling"]).transpose(1, 2).contiguous(), None
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention)
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
+    flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
+    return flex(query, key, value, block_mask=rows.block, scale=scale, enable_gqa=True)
+
+
+def _chunked(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
+    """Chunks of query rows against the n context keys and the rows of their own group, one softmax over both.
+
+    A chunk's scores are recomputed in the backward pass, so that they are held for one chunk at a time.
+    """
+    depth, anchor, document = rows.depth, rows.anchor, rows.document
+    batch, heads, count, _ = query.shape
+    groups, n = key.shape[1], document.shape[1]
+    wide = torch.promote_types(query.dtype, torch.float32)  # of the softmax
+    query = (query * scale).unflatten(1, (groups, heads // groups))
+    place = torch.zeros(int(depth.max()) + 1, n, dtype=torch.long, device=depth.device)  # row of (depth, anchor)
+    place[depth, anchor] = torch.arange(count, device=depth.device)
+
+    def part(query: Tensor, key: Tensor, value: Tensor, depth: Tensor, anchor: Tensor) -> Tensor:
+        upto, deepest = int(anchor.max()) + 1, int(depth.max())
+        at = torch.arange(upto, device=anchor.device)
+        seen = (at <= anchor[:, None]) & (document[:, None, :upto] == document[:, anchor, None])
+        scores = query @ key[:, :, None, :upto].mT
+        scores = scores.to(wide).masked_fill(~seen[:, None, None], -torch.inf)
+        if deepest:
+            own = place[1 : deepest + 1, anchor].T  # [c, deepest]
+            there = torch.arange(1, deepest + 1, device=depth.device) <= depth[:, None]
+            near = torch.einsum("bghcd,bgcmd->bghcm", query, key[:, :, own])
+            scores = torch.cat([scores, near.to(wide).masked_fill(~there, -torch.inf)], -1)
+        weights = scores.softmax(-1).to(value.dtype)
+        mixed = weights[..., :upto] @ value[:, :, None, :upto]
+        if deepest:
+            mixed = mixed + torch.einsum("bghcm,bgcmd->bghcd", weights[..., upto:], value[:, :, own])
+        return mixed
+
+    size = max(16, CHUNK // (batch * heads * n))
+    chunks = list(zip(query.split(size, 3), depth.split(size), anchor.split(size), strict=True))
+    if len(chunks) == 1:
+        return part(query, key, value, depth, anchor).flatten(1, 2)
+    parts = [checkpoint(part, q, key, value, d, a, use_reentrant=False) for q, d, a in chunks]
+    return torch.cat(parts, 3).flatten(1, 2)

@@ -80,8 +80,8 @@ def _sweep(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: renamed over it at success, removed at failure."""
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`: renamed over it at success, removed at failure. Raises DiskError."""
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _sweep(path)
@@ -101,7 +101,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes `text` (UTF-8) so that `path` is the old file or the whole new one. Raises DiskError."""
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -121,7 +121,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
     A killed process leaves `path` as it was; the next call removes what it left. Raises DiskError.
     """
-    with _replacing(Path(path)) as temporary:
+    with replacing(Path(path)) as temporary:
         temporary.mkdir()
         yield temporary
 

@@ -344,11 +344,12 @@ def draft_times(
     """
     arms = [(name, k) for name, drafter in drafters.items() for k in ks if k <= drafter.k]
     ids = torch.randint(0, target.vocab_size, (1, context + 2), device=target.device)
-    features = target.features(ids, torch.arange(context + 2, device=target.device)[None], None)
-    caches = {}
+    places = torch.arange(context + 2, device=target.device)[None]
+    caches, features = {}, {}
     for name, drafter in drafters.items():
         caches[name] = KVCache(max(1, drafter.spec.layers), context + 16 + max(ks))
-        drafter.prefill(features[:, :context], ids[:, :context], caches[name])
+        features[name] = target.features(ids, places, None, taps=drafter.spec.taps)
+        drafter.prefill(features[name][:, :context], ids[:, :context], caches[name])
     taken: dict[tuple[str, int], list[float]] = {arm: [] for arm in arms}
     plans = {k: Plan("chain", k, k, target.vocab_size, device=target.device) for k in ks}
 
@@ -359,7 +360,7 @@ def draft_times(
     for turn in range(repeats + 3):
         for name, k in arms:
             began = time.perf_counter()
-            drafters[name].draft(features[:, -2:], ids[:, -2:], plans[k], choose, caches[name])
+            drafters[name].draft(features[name][:, -2:], ids[:, -2:], plans[k], choose, caches[name])
             if target.device.type == "cuda":
                 torch.cuda.synchronize()
             if turn >= 3:  # the first ones warm up

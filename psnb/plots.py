@@ -164,7 +164,7 @@ def save(figure: Figure, folder: Path, name: str, caption: str) -> Image:
             meta = {"Date": None} if kind == "svg" else None
             figure.savefig(buffer, format=kind, dpi=150, bbox_inches="tight", metadata=meta)
         pictures[kind] = buffer.getvalue()
-        with manifest._replacing(Path(folder) / f"{name}.{kind}") as temporary:
+        with manifest.replacing(Path(folder) / f"{name}.{kind}") as temporary:
             temporary.write_bytes(pictures[kind])
     width = int.from_bytes(pictures["png"][16:20])  # of the PNG header, in pixels
     return Image(pictures["png"], width=width * 2 // 3, alt=caption)

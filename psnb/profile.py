@@ -21,6 +21,7 @@ class FitSpec:
 
     steps: int
     rows: int = 32
+    accumulate: int = 1  # parts that a step's rows are run in, one after the other: less memory, the same result
     learning_rate: float = 1e-3
     warmup: int = 100  # steps of linear warm-up; the rate then decays to `final_share` by a half cosine
     final_share: float = 0.02
@@ -29,6 +30,7 @@ class FitSpec:
     compile: bool = False  # torch.compile the loss (pays on a GPU only)
     log_every: int = 20
     evaluate_every: int = 0  # 0: only at the end
+    save_every: int = 200  # steps after which a killed run can go on
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class DataSpec:
     held_out: list[str] = field(default_factory=list)  # whole packages kept for evaluation
     vocab_size: int = 5120
     length: int = 512  # tokens in a training row
+    questions: str = ""  # evaluation prompts from this JSONL file (Spec-Bench's form); empty: from held-out text
     prompts_per_family: int = 16
     max_prompt_tokens: int = 256
     prompts_sha256: str = ""  # empty: not checked
@@ -71,10 +74,19 @@ class DrafterSpec:
     slot_decay: float = 0.7  # loss weight of slot i is slot_decay ** i
     keep: float = 1.0  # share of anchors whose masks at depth d are kept, relative to depth d - 1 (COD's r)
     keep_min: float = 0.2  # never fewer than this share of the anchors (COD's r_min)
+    anchors: float = 1.0  # share of the anchors that carry masks at all; every real row stays
+    curriculum: float = 0.0  # share of the steps over which the slots join, one after the other
+    attention: str = "structured"  # or "dense": the group mask written out, R^2 entries
+    taps: list[int] = field(default_factory=list)  # target layers (from 1) whose outputs stand beside f_t; *-ps only
+    labels: str = "soft"  # the target's distribution, or "hard": the text's own token
     ce_weight: float = 1.0
     feature_weight: float = 0.0  # SmoothL1 between the drafter's and the target's features
+    streak_weight: float = 0.0  # of the expected accepted prefix of the text's own tokens (SpecDiff-2)
     warm_start: str = ""  # name of a drafter of this profile to start from
     train: FitSpec | None = None
+
+
+CHOICES = {"mask_mode": ("distinct", "shared"), "attention": ("structured", "dense"), "labels": ("soft", "hard")}
 
 
 @dataclass(frozen=True)
@@ -175,10 +187,15 @@ def _check(profile: Profile) -> None:
         where = f"profile {profile.name}.drafters.{name}"
         if spec.k < 1:
             raise UserError(f"{where}: k = {spec.k}; a drafter drafts at least one token, so set k to 1 or more")
-        if spec.mask_mode not in ("distinct", "shared"):
-            raise UserError(f"{where}: mask_mode {spec.mask_mode!r}; {nearest(spec.mask_mode, ['distinct', 'shared'])}")
-        if not 0 < spec.keep <= 1 or not 0 < spec.keep_min <= 1:
-            raise UserError(f"{where}: keep and keep_min are shares in (0, 1]")
+        for key, words in CHOICES.items():
+            if (word := getattr(spec, key)) not in words:
+                raise UserError(f"{where}: {key} {word!r}; {nearest(word, words)}")
+        if not all(0 < share <= 1 for share in (spec.keep, spec.keep_min, spec.anchors)):
+            raise UserError(f"{where}: keep, keep_min and anchors are shares in (0, 1]")
+        if not 0 <= spec.curriculum <= 1:
+            raise UserError(f"{where}: curriculum is a share of the steps, 0 to 1")
+        if (spec.taps or spec.curriculum) and not spec.kind.endswith("-ps"):
+            raise UserError(f"{where}: taps and curriculum are for medusa-ps and eagle-ps, not {spec.kind}")
         if spec.warm_start and list(profile.drafters).index(name) <= (
             list(profile.drafters).index(spec.warm_start)
             if spec.warm_start in profile.drafters

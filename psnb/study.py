@@ -21,6 +21,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -305,13 +306,14 @@ class Study:
     def _chat_corpus(self, folder: Path) -> dict[str, Any]:
         from psnb import data
 
-        records = data.load_records(self.profile.data.source, self.profile.data.split)
+        records, facts = data.load_records(self.profile.data.source, self.profile.data.split)
         corpus = records.train_test_split(test_size=0.05, seed=self.profile.seed)
         corpus["held_out"] = corpus.pop("test")
         corpus.save_to_disk(folder)
         return {
             "documents": {name: len(split) for name, split in corpus.items()},
             "sha256": {name: digest(split.to_list()) for name, split in corpus.items()},
+            **facts,
         }
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -357,22 +359,29 @@ class Study:
         from psnb import data
 
         texts, tokenizer, name = self.corpus()[split], self.tokenizer(), self._some(split, documents)
-        tokenize = data.tokenize if self.profile.data.source == "code" else data.tokenize_chat
+        depends: list[Any] = [self.made("corpus")["sha256"][split], documents, self._tokenizer_id(tokenizer)]
+        chats = self.profile.data.source != "code"
+        if chats:
+            depends.append(self.profile.data.length)  # where chats are cut
 
         def make(folder: Path) -> dict[str, Any]:
             order = np.random.default_rng(self.profile.seed).permutation(len(texts))
             some = texts.select(sorted(order[:documents])) if documents else texts
             shards = min(20, len(some))
-            parts = [
-                tokenize(some.shard(shards, i, contiguous=True), tokenizer)
-                for i in manifest.progress(range(shards), label=f"tokens of {name}, part")
-            ]
+            parts, facts = [], Counter()
+            for i in manifest.progress(range(shards), label=f"tokens of {name}, part"):
+                shard = some.shard(shards, i, contiguous=True)
+                if chats:
+                    part, dropped = data.tokenize_chat(shard, tokenizer, self.profile.data.length)
+                    facts.update(dropped)
+                else:
+                    part = data.tokenize(shard, tokenizer)
+                parts.append(part)
             tokens = concatenate_datasets(parts)
             tokens.save_to_disk(folder)
             texts.cleanup_cache_files()
-            return {"documents": len(tokens)}
+            return {"documents": len(tokens), **facts}
 
-        depends = [self.made("corpus")["sha256"][split], documents, self._tokenizer_id(tokenizer)]
         return load_from_disk(self._data(f"tokens-{name}", depends, make))
 
     def _tokenizer_id(self, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -397,28 +406,35 @@ class Study:
         return load_from_disk(self._data(f"rows-{name}", [self.made(f"tokens-{name}")["key"], length], make))
 
     def prompts(self) -> Dataset:
-        """The evaluation prompts (data.code_prompts).
+        """The evaluation prompts: of a file of questions, else cut from held-out code or chats (see `prompts`).
 
         Where they are not those of the profile's sha256, a warning goes to log, manifest and report.
         """
         from datasets import load_from_disk
 
-        from psnb import data
+        from psnb import prompts
 
-        spec = self.profile.data
-        if spec.source != "code":
-            raise UserError(
-                f'profile {self.profile.name}: evaluation prompts are cut from code; set data.source = "code"'
-            )
-        held_out, tokenizer = self.corpus()["held_out"], self.tokenizer()
-        size = (spec.prompts_per_family, spec.max_prompt_tokens)
+        spec, tokenizer = self.profile.data, self.tokenizer()
+        depends: list[Any] = [self._tokenizer_id(tokenizer), (spec.prompts_per_family, spec.max_prompt_tokens)]
+        if spec.questions:
+            if not (file := self.root / spec.questions).is_file():
+                raise UserError(f"profile {self.profile.name}: data.questions = {spec.questions!r}: no such file")
+            depends.insert(0, manifest.sha256_file(file))
+        else:
+            held_out = self.corpus()["held_out"]
+            depends.insert(0, self.made("corpus")["sha256"]["held_out"])
 
         def make(folder: Path) -> dict[str, Any]:
-            prompts = data.code_prompts(held_out, tokenizer, *size)
-            prompts.save_to_disk(folder)
-            return {"prompts": len(prompts), "sha256": data.prompts_sha256(prompts)}
+            facts: dict[str, int] = {}
+            if spec.questions:
+                made, facts = prompts.question_prompts(file, tokenizer, *depends[-1])
+            elif spec.source == "code":
+                made = prompts.code_prompts(held_out, tokenizer, *depends[-1])
+            else:
+                made, facts = prompts.chat_prompts(held_out, tokenizer, *depends[-1])
+            made.save_to_disk(folder)
+            return {"prompts": len(made), "sha256": prompts.prompts_sha256(made), **facts}
 
-        depends = [self.made("corpus")["sha256"]["held_out"], self._tokenizer_id(tokenizer), size]
         folder = self._data("prompts", depends, make)
         if warning := self._prompts_warning():
             self.once("warning", warning)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,16 +11,33 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from psnb import manifest
 from psnb.errors import UserError
-from psnb.fit import Batch, Metrics, Row, compiled, fit
-from psnb.groups import causal_mask, positions
+from psnb.fit import Batch, Metrics, Row, compiled, fit, main_process
+from psnb.groups import causal, positions
 from psnb.profile import TargetSpec
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+Mask = Tensor | BlockMask | None
+
+
+@contextlib.contextmanager
+def attention(model: nn.Module, mask: Mask) -> Iterator[None]:
+    """Inside, a block mask finds flex attention in `model`; any other mask finds what the model has."""
+    config, own = model.config, model.config._attn_implementation
+    if isinstance(mask, BlockMask):
+        config._attn_implementation = "flex_attention"
+    try:
+        yield
+    finally:
+        if config._attn_implementation != own:
+            config._attn_implementation = own
 
 
 class Target:
@@ -43,19 +61,29 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
-    def features(self, ids: Tensor, position_ids: Tensor, mask: Tensor | None, cache: Any = None) -> Tensor:
-        """ids, position_ids [B, n], mask bool [B, 1, n, m] (m keys, the cached ones first) -> features [B, n, H]."""
-        return self.model.base_model(
-            input_ids=ids,
-            position_ids=position_ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            use_cache=cache is not None,
-        ).last_hidden_state
+    def features(
+        self, ids: Tensor, position_ids: Tensor, mask: Mask, cache: Any = None, taps: Sequence[int] = ()
+    ) -> Tensor:
+        """ids, position_ids [B, n], mask bool [B, 1, n, m] (m keys, the cached ones first) -> features [B, n, H].
+
+        With `taps`, the outputs of these layers (counted from 1) stand before f_t: [B, n, (1 + len(taps)) * H].
+        """
+        with attention(self.model, mask):
+            made = self.model.base_model(
+                input_ids=ids,
+                position_ids=position_ids,
+                attention_mask=mask,
+                past_key_values=cache,
+                use_cache=cache is not None,
+                output_hidden_states=bool(taps),
+            )
+        if not taps:
+            return made.last_hidden_state
+        return torch.cat([*(made.hidden_states[tap] for tap in taps), made.last_hidden_state], -1)
 
     def logits(self, features: Tensor) -> Tensor:
-        """features [..., H] -> logits [..., V] through the frozen `lm_head`."""
-        return self.model.get_output_embeddings()(features)
+        """features [..., H], with or without taps before f_t -> logits [..., V] through the frozen `lm_head`."""
+        return self.model.get_output_embeddings()(features[..., -self.hidden_size :])
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids [...] -> embeddings [..., H]."""
@@ -111,19 +139,46 @@ def as_batch(rows: Dataset | Batch, device: torch.device | str = "cpu") -> Batch
     return {name: torch.as_tensor(table[name]).to(device, torch.long) for name in names}
 
 
+def judged(batch: Batch, ahead: int = 1) -> Tensor:
+    """Which tokens x_ahead .. x_{n-1} of rows [B, n] can be learned from `ahead` places before: bool [B, n - ahead]."""
+    document = batch["document"]
+    keep = (document[:, ahead:] == document[:, :-ahead]) & (document[:, ahead:] >= 0)
+    return keep & batch["loss_mask"][:, ahead:].bool() if "loss_mask" in batch else keep
+
+
+def check_rows(rows: Batch, vocab_size: int, ahead: int = 1) -> None:
+    """Refuse rows [R, n] from which nothing can be learned `ahead` places before, or of another vocabulary.
+
+    Raises `UserError` for empty rows, documents of `ahead` tokens at most, a loss mask that selects nothing, and
+    tokens that are not the target's.
+    """
+    ids = rows["input_ids"]
+    if not ids.numel():
+        raise UserError("the training rows are empty: give the profile more text (data.packages, data.source)")
+    if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
+        raise UserError(
+            f"the training rows hold token {int(ids.max())}, the target has {vocab_size}: they were made with another "
+            "tokenizer; make them with the target's own"
+        )
+    if not judged({"document": rows["document"]}, ahead).any():
+        raise UserError(f"no document has more than {ahead} tokens: give longer texts, or raise data.length")
+    if not judged(rows, ahead).any():
+        raise UserError("the loss mask selects nothing: check the chat template and the roles of the data")
+
+
 def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """Next-token cross entropy: batch of [B, n] -> (sum of nats, number of tokens), documents kept apart.
 
     With a loss mask only selected tokens count.
     """
     ids, document = batch["input_ids"], batch["document"]
-    hidden = model.base_model(
-        input_ids=ids, position_ids=positions(document), attention_mask=causal_mask(document), use_cache=False
-    ).last_hidden_state
+    mask = causal(document)
+    with attention(model, mask):
+        hidden = model.base_model(
+            input_ids=ids, position_ids=positions(document), attention_mask=mask, use_cache=False
+        ).last_hidden_state
     logits = model.get_output_embeddings()(hidden[:, :-1]).float()
-    keep = (document[:, 1:] == document[:, :-1]) & (document[:, 1:] >= 0)
-    if "loss_mask" in batch:
-        keep &= batch["loss_mask"][:, 1:].bool()
+    keep = judged(batch)
     nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (nats * keep.flatten()).sum(), keep.sum()
 
@@ -149,8 +204,12 @@ def train(
     seed: int,
     device: torch.device,
     log: Callable[[Row], None] = lambda row: None,
+    state: Path | None = None,
 ) -> None:
-    """Train a Llama of the given shape from scratch; write it (bf16), its tokenizer and training.csv to `folder`."""
+    """Train a Llama of the given shape from scratch; write it (bf16), its tokenizer and training.csv to `folder`.
+
+    A run that was killed goes on from what stands in `state`.
+    """
     if spec.train is None:
         raise UserError(
             "the profile's target has neither a path nor a training budget: set target.path or target.train"
@@ -172,29 +231,28 @@ def train(
     config._attn_implementation = "sdpa"
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).to(device)
-    held = as_batch(held_out)
-    lines: list[Row] = []
-
-    def record(row: Row) -> None:
-        lines.append(row)
-        log(row)
-
+    held, rows = as_batch(held_out), as_batch(rows, device)
+    check_rows(rows, len(tokenizer))
     summed = compiled(lambda batch: token_loss(model, batch), spec.train, device)
 
-    def loss(batch: Batch) -> tuple[Tensor, Metrics]:
+    def loss(batch: Batch, step: int, tokens: Tensor) -> tuple[Tensor, Metrics]:
         total, count = summed(batch)
-        return total / count, {"nats": (total, count)}
+        return total / tokens, {"nats": (total, count)}
 
-    fit(
+    lines = fit(
         model,
         loss,
-        as_batch(rows, device),
+        rows,
         spec.train,
+        count=lambda batch, step: judged(batch).sum().clamp(min=1),
         seed=seed,
         device=device,
-        log=record,
+        log=log,
         evaluate=lambda: {"heldout_nats": heldout_nats(model, held)},
+        state=state,
     )
+    if not main_process():
+        return
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     manifest.write_frame(Path(folder) / "training.csv", pd.DataFrame(lines))

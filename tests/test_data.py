@@ -9,90 +9,18 @@ import random
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_code import code_files, write
 
 from psnb import data
 from psnb.errors import UserError
 
-MODULE = '''"""Module {n} of {package}."""
-
-TABLE_{n} = {{
-    "zero": {n},
-    "one": {n} + 1,
-    "two": {n} + 2,
-    "three": {n} + 3,
-    "four": {n} + 4,
-    "five": {n} + 5,
-    "six": {n} + 6,
-    "seven": {n} + 7,
-    "eight": {n} + 8,
-    "nine": {n} + 9,
-}}
-
-
-def prepare_{n}_{package}(values):
-    values = list(values)
-    return values
-
-
-def scale_{n}_{package}(values, factor={n}):
-    """Multiply every one of the values by the factor {n}, and keep their order."""
-    result = []
-    for value in values:
-        result.append(value * factor)
-    return result
-
-
-class Counter_{n}_{package}:
-    """Counts things."""
-
-    def __init__(self):
-        self.total = {n}
-
-    def add(self, amount):
-        self.total += amount
-        return self.total
-
-    def remove(self, amount):
-        self.total -= amount
-        return self.total
-
-    def reset(self):
-        self.total = {n}
-'''
-TEST = """from {package}.m{n} import scale_{n}_{package}
-
-
-def test_scale_{n}_{package}_keeps_order():
-    prepare_{n}_{package}([1, 2, 3])
-    assert scale_{n}_{package}([1, 2, 3], 2) == [2, 4, 6]
-    assert sorted([3, 1]) == [1, 3]
-"""
-
-
-def write(root, package, path, text):
-    """One file of a package on disk, as a row of environment_files' frame."""
-    file = root / package / path
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
-    return {"package": package, "version": "1.0", "path": path, "file": str(file)}
-
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    """Frame of two packages, alpha and beta, of 4 modules with 2 tests each, and a train package."""
-    root = tmp_path_factory.mktemp("toy")
-    rows = []
-    for package in ("alpha", "beta"):
-        for n in range(4):
-            names = {"package": package, "n": n}
-            rows.append(write(root, package, f"{package}/m{n}.py", MODULE.format(**names)))
-            rows.append(write(root, package, f"{package}/tests/test_m{n}.py", TEST.format(**names)))
-            rows.append(write(root, package, f"{package}/tests/test_again{n}.py", "import os\n" + TEST.format(**names)))
-    rows.append(write(root, "gamma", "gamma/__init__.py", MODULE.format(package="gamma", n=77)))
-    return pd.DataFrame(rows)
+    return code_files(tmp_path_factory.mktemp("toy"))
 
 
 @pytest.fixture(scope="module")
@@ -163,18 +91,11 @@ def test_whole_packages_are_held_out_and_copies_kept_once(tmp_path):
     assert data.corpus_manifest(again).equals(data.corpus_manifest(made))
 
 
-def test_corpus_manifest_and_cache(toy, corpus, tmp_path):
+def test_corpus_manifest(toy, corpus, tmp_path):
     manifest = data.corpus_manifest(corpus)
     assert list(manifest) == ["split", "package", "version", "path", "bytes", "sha256"]
     sizes = {(row.package, row.path): (tmp_path / row.file).stat().st_size for row in toy.itertuples()}
     assert {(row.package, row.path): row.bytes for row in manifest.itertuples()} == sizes
-    stored = data.code_corpus(toy, ["alpha", "beta"], min_bytes=20, cache_dir=tmp_path)
-    assert stored["train"].cache_files and data.corpus_manifest(stored).equals(manifest)
-    [folder] = tmp_path.iterdir()  # no temporary folder is left
-    data.code_corpus(toy, ["alpha", "beta"], min_bytes=20, cache_dir=tmp_path)
-    assert list(tmp_path.iterdir()) == [folder]
-    data.code_corpus(toy, ["alpha"], min_bytes=20, cache_dir=tmp_path)
-    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_empty_corpus_and_unknown_held_out_package_are_refused(toy):
@@ -207,7 +128,7 @@ def test_near_copies_counts_shared_runs():
 @settings(max_examples=300, deadline=None)
 @given(text=st.one_of(st.text(), st.text(alphabet=" \t\r\n\x0caé1_.<|>'\"\u2028\u00a0", max_size=60)))
 def test_tokenizer_round_trip(tokenizer, text):
-    ids = data._encode([text], tokenizer)[0]
+    ids = data.encode([text], tokenizer)[0]
     assert tokenizer.decode(ids) == text
     assert tokenizer(text)["input_ids"] == ids or data.EOS in text
 
@@ -219,7 +140,7 @@ def test_tokenizer_is_for_code(tokenizer, tmp_path):
     assert pieces("self.total") == ["self", ".total"]
     assert pieces("x):\n\n    y12345") == ["x", "):", "ĊĊĠĠĠĠ", "y", "123", "45"]
     assert len(tokenizer) == 400 and tokenizer.eos_token_id == tokenizer.pad_token_id == 0
-    assert len(data._encode(["\n        "], tokenizer)[0]) == 1
+    assert len(data.encode(["\n        "], tokenizer)[0]) == 1
     tokenizer.save_pretrained(tmp_path)
     assert (
         type(tokenizer).from_pretrained(tmp_path)("def f():\n  é")["input_ids"]
@@ -303,92 +224,6 @@ def test_pack_counts_what_it_drops_and_refuses_nothing(caplog):
         data.pack(token_lists(range(3), range(15)), 32)
 
 
-# --- prompts ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def prompts(corpus, tokenizer):
-    return data.code_prompts(corpus["held_out"], tokenizer, 6, 300, seed=3)
-
-
-def test_prompts_are_cut_from_the_source(corpus, tokenizer, prompts):
-    assert prompts.column_names == ["id", "family", "package", "path", "prompt", "input_ids"]
-    assert [p["id"] for p in prompts] == [f"{f}-{i:03d}" for f in data.FAMILIES for i in range(6)]
-    source = {(d["package"], d["path"]): d["text"] for d in corpus["held_out"]}
-    for p in prompts:
-        text, prompt, package = source[p["package"], p["path"]], p["prompt"], p["package"]
-        n = p["path"].removesuffix(".py")[-1]
-        assert tokenizer.decode(p["input_ids"]) == prompt and 24 <= len(p["input_ids"]) <= 300
-        module = text if "/tests/" not in p["path"] else source[package, f"{package}/m{n}.py"]
-        function = module[module.find("def scale") : module.find("class Counter")].rstrip()
-        signature, doc, *rest = function.split("\n")
-        match p["family"]:
-            case "body":
-                assert prompt == f"{signature}\n{doc}"
-            case "docstring":
-                assert prompt == "\n".join([signature, *rest, "", "", signature]) + '\n    """'
-            case "test":
-                head = f"def test_scale_{n}_{package}_keeps_order():"
-                assert prompt == "\n".join([signature, *rest, "", "", head]) and head + "\n    prepare" in text
-            case "class":  # 18 lines from line 1: the middle one, 9, is in `add`
-                assert prompt == text[text.find("class Counter") : text.find("    def remove")].rstrip()
-            case "literal":  # 12 lines, a third is 4: the brace and four items
-                assert text.startswith(prompt) and prompt.endswith(f'"three": {n} + 3,')
-
-
-def test_prompts_do_not_depend_on_file_order_but_on_the_seed(corpus, tokenizer, prompts):
-    again = data.code_prompts(corpus["held_out"].shuffle(seed=5), tokenizer, 6, 300, seed=3)
-    assert again[:] == prompts[:] and data.prompts_sha256(again) == data.prompts_sha256(prompts)
-    other = data.code_prompts(corpus["held_out"], tokenizer, 6, 300, seed=4)
-    assert data.prompts_sha256(other) != data.prompts_sha256(prompts)
-    rows = [json.dumps([p[c] for c in ("family", "package", "path", "prompt")]) for p in prompts]
-    assert data.prompts_sha256(prompts) == hashlib.sha256("\n".join(rows).encode()).hexdigest()
-
-
-def test_prompts_spread_over_packages_and_files(tokenizer, prompts):
-    counts = prompts.to_pandas().groupby(["family", "package"]).size()
-    assert (counts == 3).all() and len(counts) == 10
-    many = "\n\n".join(
-        f'def function_{i}(first, second):\n    """Adds the first and the second and {i}."""\n'
-        f"    total = first + second\n    total += {i}\n    return total\n"
-        for i in range(6)
-    )
-    every = MODULE.format(package="p", n=1) + many
-    texts = [every, *(MODULE.format(package="p", n=n) for n in (2, 3))]
-    tests = [TEST.format(package="p", n=n) for n in (1, 2, 3)]
-    paths = [f"p/m{n}.py" for n in (1, 2, 3)] + [f"p/test_m{n}.py" for n in (1, 2, 3)]
-    held = Dataset.from_dict({"package": ["p"] * 6, "path": paths, "text": texts + tests})
-    for seed in range(4):
-        body = [p["path"] for p in data.code_prompts(held, tokenizer, 3, 300, seed) if p["family"] == "body"]
-        assert body.count("p/m1.py") <= 2  # 7 of its 9 candidates
-
-
-def test_prompts_are_cut_from_the_left_and_never_from_the_standard_library(corpus, tokenizer):
-    made = data.code_prompts(corpus["held_out"], tokenizer, 6, 45, seed=3)
-    whole = data.code_prompts(corpus["held_out"], tokenizer, 6, 300, seed=3)
-    full = {(p["family"], p["path"]): p["prompt"] for p in whole}
-    cut = 0
-    for p in made:
-        assert 24 <= len(p["input_ids"]) <= 45 and tokenizer.decode(p["input_ids"]) == p["prompt"]
-        if (text := full.get((p["family"], p["path"]))) and text != p["prompt"]:
-            cut += 1
-            assert text.endswith("\n" + p["prompt"])
-            before = text[: -len(p["prompt"])].rstrip("\n").split("\n")[-1]
-            assert len(data._encode([before + "\n" + p["prompt"]], tokenizer)[0]) > 45  # one line more is too long
-    assert cut >= 12
-    library = corpus["held_out"].map(lambda d: {**d, "package": "python"}, load_from_cache_file=False)
-    both = concatenate_datasets([library, corpus["held_out"].filter(lambda d: d["package"] == "alpha")])
-    assert set(data.code_prompts(both, tokenizer, 4, 300)["package"]) == {"alpha"}
-
-
-def test_too_few_prompts_are_refused(corpus, tokenizer):
-    tiny = 'def f(a):\n    """Sum."""\n    a += 1\n    a += 2\n    return a\n'  # its signature has less than 24 tokens
-    more = Dataset.from_dict({"package": ["delta"], "path": ["delta.py"], "text": [tiny]})
-    held_out = concatenate_datasets([corpus["held_out"].select_columns(more.column_names), more])
-    with pytest.raises(UserError, match="only 8 prompts of family 'body'.* 9 asked"):
-        data.code_prompts(held_out, tokenizer, 9, 300)
-
-
 # --- chats --------------------------------------------------------------------------------------------------------
 
 CHAT = [
@@ -450,23 +285,51 @@ def test_unstable_refusing_and_missing_templates_are_named(chatty):
 
 
 def test_tokenize_chat_and_pack(chatty):
-    made = data.tokenize_chat(records(CHAT, texts=["def f(x):\n    return x + 12345\n"]), chatty)
+    made, facts = data.tokenize_chat(records(CHAT, texts=["def f(x):\n    return x + 12345\n"]), chatty)
+    assert facts == {"cut": 0, "refused": 0, "silent": 0}
     ids, mask = data.chat_tokens(CHAT, chatty)
     assert made.column_names == ["input_ids", "loss_mask"]
     assert (made[0]["input_ids"], made[0]["loss_mask"]) == (ids, mask)
-    assert made[1]["input_ids"] == data._encode(["def f(x):\n    return x + 12345\n"], chatty)[0] + [0]
+    assert made[1]["input_ids"] == data.encode(["def f(x):\n    return x + 12345\n"], chatty)[0] + [0]
     assert made[1]["loss_mask"] == [1] * len(made[1]["input_ids"])
     packed = data.pack(made, 128)
     assert sum(map(sum, packed["loss_mask"])) == sum(map(sum, made["loss_mask"]))
 
 
 def test_a_mask_of_nothing_or_everything_is_refused(chatty):
-    with pytest.raises(UserError, match="selects nothing"):
+    with pytest.raises(UserError, match="none of 1 chats .*selects nothing"):
         data.tokenize_chat(records(CHAT[:2], texts=["texts do not count"]), chatty)
     chatty.chat_template = "{% for m in messages %}{% if m.role == 'assistant' %}{{ m.content }}{% endif %}{% endfor %}"
     with pytest.raises(UserError, match="selects everything"):
         data.tokenize_chat(records(CHAT), chatty)
-    assert len(data.tokenize_chat(records(texts=["only text"]), chatty)) == 1
+    assert len(data.tokenize_chat(records(texts=["only text"]), chatty)[0]) == 1
+
+
+def test_long_refused_and_silent_chats_are_counted(chatty):
+    long = [*CHAT, {"role": "user", "content": "more " * 50}, {"role": "assistant", "content": "no"}]
+    silent = [{"role": "user", "content": "much " * 50}, {"role": "assistant", "content": "never seen"}]
+    chatty.chat_template = (
+        "{% if messages[0].role == 'assistant' %}{{ raise_exception('the user first') }}{% endif %}"
+        + data.CHAT_TEMPLATE
+    )
+    made, facts = data.tokenize_chat(records(CHAT, long, silent, CHAT[2:], CHAT[:2], texts=["t" * 300]), chatty, 128)
+    assert facts == {"cut": 1, "refused": 1, "silent": 2}
+    ids, mask = data.chat_tokens(long, chatty)
+    whole = data.chat_tokens(CHAT, chatty)
+    assert [(row["input_ids"], row["loss_mask"]) for row in made][:2] == [whole, (ids[:128], mask[:128])]
+    assert len(made) == 3 and sum(mask[:128]) == sum(whole[1])  # of the long one what stands before the cut
+    with pytest.raises(UserError, match="none of 1 chats .*the user first"):
+        data.tokenize_chat(records(CHAT[2:]), chatty)
+
+
+def test_sharegpt_records(tmp_path):
+    file = tmp_path / "share.jsonl"
+    chat = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}, {"from": "system", "value": "x"}]
+    file.write_text(json.dumps({"id": 1, "conversations": chat}) + "\n")
+    assert [m["role"] for m in data.load_records(str(file))[0][0]["messages"]] == ["user", "assistant", "system"]
+    file.write_text(json.dumps({"conversations": [{"from": "human"}]}))
+    with pytest.raises(UserError, match="share.jsonl:1: the record is not"):
+        data.load_records(str(file))
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.xz"])
@@ -475,7 +338,8 @@ def test_load_records(tmp_path, caplog, ending):
     content = "\n".join(map(json.dumps, lines)) + "\n\n"
     file = tmp_path / f"chats{ending}"
     file.write_bytes(lzma.compress(content.encode()) if ending.endswith("xz") else content.encode())
-    made = data.load_records(str(file))
+    made, facts = data.load_records(str(file))
+    assert facts == {"records": 5, "empty": 3}
     assert made[:] == {"messages": [CHAT, None], "text": [None, "some text"]}
     assert "3 of 5 records are empty" in caplog.text
 

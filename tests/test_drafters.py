@@ -35,15 +35,19 @@ def decoded_logits(drafter, features, ids, anchor, k):
     return torch.cat(seen), tokens
 
 
-@pytest.mark.parametrize("mask_mode", ["distinct", "shared"])
-@pytest.mark.parametrize("layers", [1, 2])
+OPTIONS = [{}, {"layers": 2}, {"mask_mode": "shared", "layers": 2}, {"attention": "dense"}, {"taps": [1]}]
+
+
+@pytest.mark.parametrize("changes", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_training_forward_equals_decoding_forward(kind, layers, mask_mode):
+def test_training_forward_equals_decoding_forward(kind, changes):
+    if "taps" in changes and not kind.endswith("-ps"):
+        pytest.skip("refused")
     target = toys.target()
-    drafter = toys.drafter(kind, target, layers=layers, mask_mode=mask_mode)
+    drafter = toys.drafter(kind, target, **changes)
     batch = one_document()
     ids, n = batch["input_ids"], batch["input_ids"].shape[1]
-    features = train.teacher(target, batch)
+    features = train.teacher(target, batch, drafter.spec.taps)
     depth, anchor = groups.layout(n - 1, drafter.masks)
     slots = train.slots(drafter, batch, features, depth, anchor, [n - 1] * (drafter.masks + 1))
     assert len(slots) == (1 if kind == "eagle" else toys.K)
@@ -87,10 +91,12 @@ def test_slot_is_judged_by_the_token_it_drafts(kind):
                 assert position[t] == token - 1
 
 
+@pytest.mark.parametrize("attention", ["structured", "dense"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_documents_do_not_see_each_other(kind):
+def test_documents_do_not_see_each_other(kind, attention):
     target = toys.target()
-    drafter = toys.drafter(kind, target, feature_weight=1.0)
+    taps = [1] if kind.endswith("-ps") else []
+    drafter = toys.drafter(kind, target, feature_weight=1.0, streak_weight=1.0, attention=attention, taps=taps)
     generator = torch.Generator().manual_seed(9)
     texts = [torch.randint(0, toys.VOCAB, (length,), generator=generator) for length in (7, 9, 8)]
 
@@ -102,8 +108,8 @@ def test_documents_do_not_see_each_other(kind):
         n = batch["input_ids"].shape[1]
         depth, anchor = groups.layout(n - 1, drafter.masks)
         counts = [n - 1] * (drafter.masks + 1)
-        _, parts = train.group_loss(drafter, batch, train.teacher(target, batch), depth, anchor, counts)
-        return torch.stack(parts)
+        terms, parts = train.group_terms(drafter, batch, train.teacher(target, batch, taps), depth, anchor, counts)
+        return torch.cat([torch.stack(parts).flatten(), torch.stack([term.total for term in terms])])
 
     together = sums([0, 1, 2])
     torch.testing.assert_close(together, sums([2, 0, 1]), rtol=1e-5, atol=1e-4)
@@ -130,6 +136,82 @@ def test_loss_is_the_cross_entropy_written_out():
     weights = [0.5**i for i in range(toys.K)]
     expected = sum(w * term for w, term in zip(weights, by_slot, strict=True)) / sum(weights)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
+
+
+def written_out(drafter, batch, features, depth, anchor):
+    """The loss of `group_loss` row by row, from the hidden rows on: plain autograd, whole tables of logits."""
+    spec, ids, document = drafter.spec, batch["input_ids"], batch["document"]
+    p = drafter.target.logits(features).softmax(-1)
+    counts = torch.bincount(depth).tolist()
+    made = train.slots(drafter, batch, features, depth, anchor, counts)
+    kept = [anchor[depth == (0 if drafter.masks == 0 else s - drafter.first_slot)].tolist() for s in range(len(made))]
+    weights = [spec.slot_decay**s for s in range(len(made))]
+    loss, log_q, rows, n = 0.0, {}, range(len(ids)), ids.shape[1]
+    for s, (hidden, _, _) in enumerate(made):
+        nats, gaps = [], []
+        for b in rows:
+            for i, t in enumerate(kept[s]):
+                x = t + 2 + s
+                if x < n and document[b, x] == document[b, t] and batch["loss_mask"][b, x]:
+                    q = drafter.logits(hidden[b, i], s).log_softmax(-1)
+                    log_q[b, t, s] = q[ids[b, x]]
+                    nats.append(-q[ids[b, x]] if spec.labels == "hard" else -(p[b, x - 1] * q).sum())
+                    f = features[b, x - 1, -hidden.shape[-1] :]
+                    gaps.append(torch.nn.functional.smooth_l1_loss(hidden[b, i], f))
+        mean = spec.ce_weight * torch.stack(nats).mean() + spec.feature_weight * torch.stack(gaps).mean()
+        loss = loss + weights[s] / sum(weights) * mean
+        whole = [(b, t) for b in rows for t in kept[s] if all((b, t, j) in log_q for j in range(s + 1))]
+        prefix = [torch.stack([log_q[b, t, j] for j in range(s + 1)]).sum().exp() for b, t in whole]
+        loss = loss - spec.streak_weight * torch.stack(prefix).mean()
+    return loss
+
+
+LOSSES = [
+    {},
+    {"labels": "hard"},
+    {"streak_weight": 0.7},
+    {"labels": "hard", "streak_weight": 0.7, "ce_weight": 0.5, "feature_weight": 2.0},
+    {"keep": 0.7, "streak_weight": 0.7, "attention": "dense"},
+]
+
+
+@pytest.mark.parametrize("logits", [toys.VOCAB * 5, toys.VOCAB * 30, train.LOGITS])
+@pytest.mark.parametrize("changes", LOSSES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradient_equal_the_loss_written_out(kind, changes, logits, monkeypatch):
+    monkeypatch.setattr(train, "LOGITS", logits)  # pieces of 5 positions, of a row, of everything
+    target = toys.target()
+    drafter = toys.drafter(kind, target, k=3, **changes).requires_grad_(True)
+    batch = as_batch(toys.rows(2, 18))
+    batch["loss_mask"] = torch.ones_like(batch["document"])
+    batch["loss_mask"][0, :6] = 0
+    batch["loss_mask"][1, 11] = 0
+    features = train.teacher(target, batch)
+    depth, anchor = groups.drop(17, drafter.masks, drafter.spec.keep, 0.3, torch.Generator().manual_seed(0))
+    slopes = []
+    ours, _ = train.group_loss(drafter, batch, features, depth, anchor, torch.bincount(depth).tolist())
+    for loss in (ours, written_out(drafter, batch, features, depth, anchor)):
+        drafter.zero_grad()
+        loss.backward()
+        slopes.append([loss.detach(), *(w.grad.clone() for w in drafter.parameters() if w.grad is not None)])
+    assert len(slopes[0]) == len(slopes[1]) > 4
+    for mine, reference in zip(*slopes, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_parts_of_a_batch_add_up_with_the_streak():
+    target = toys.target()
+    drafter = toys.drafter("eagle-ps", target, streak_weight=0.5, keep=0.7)
+    batch = as_batch(toys.rows(4))
+    depth, anchor = groups.drop(23, drafter.masks, 0.7, 0.2, torch.Generator().manual_seed(0))
+    counts = torch.bincount(depth).tolist()
+    totals = train.tallies(drafter, batch, anchor, counts)
+    parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
+
+    def loss(part, totals=None):
+        return train.group_loss(drafter, part, train.teacher(target, part), depth, anchor, counts, totals)[0]
+
+    torch.testing.assert_close(sum(loss(part, totals) for part in parts), loss(batch))
 
 
 def test_acceptance_equals_counting_by_hand():
@@ -184,6 +266,98 @@ def test_warm_start_adds_layers_as_the_identity(tmp_path):
     torch.testing.assert_close(
         deeper.body(deeper.fuse(features, ids), place, mask), source.body(source.fuse(features, ids), place, mask)
     )
+
+
+@pytest.mark.parametrize("kind", ["eagle-ps", "medusa-ps"])
+def test_warm_start_with_taps_starts_as_without(kind, tmp_path):
+    target = toys.target()
+    drafters.save(toys.drafter("eagle-ps" if kind == "eagle-ps" else "eagle", target), tmp_path)
+    batch = one_document()
+    depth, anchor = groups.layout(11, toys.K - 1)
+    logits = []
+    for taps in ([], [1]):
+        torch.manual_seed(3)
+        drafter = drafters.build(toys.drafter(kind, target, taps=taps).spec, target).requires_grad_(False)
+        train.warm_start(drafter, tmp_path)
+        if kind == "medusa-ps":
+            drafter.mask_row.fill_(0.3)
+        features = train.teacher(target, batch, taps)
+        made = train.slots(drafter, batch, features, depth, anchor, [11] * toys.K)
+        logits.append([drafter.logits(hidden, slot) for slot, (hidden, _, _) in enumerate(made)])
+    torch.testing.assert_close(*logits)
+
+
+def test_taps_are_the_layers_outputs_before_the_feature():
+    target = toys.target(num_hidden_layers=3)
+    batch = one_document()
+    states = target.model(batch["input_ids"], output_hidden_states=True).hidden_states
+    features = train.teacher(target, batch, [2, 1])
+    torch.testing.assert_close(features, torch.cat([states[2], states[1], states[3]], -1))
+    torch.testing.assert_close(target.logits(features), target.model(batch["input_ids"]).logits)
+    for kind, taps, message in [
+        ("eagle", [1], "reads the last"),
+        ("eagle-ps", [3], "1 to 2"),
+        ("eagle-ps", [0], "1 to"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            toys.drafter(kind, target, taps=taps)
+
+
+def test_slots_join_over_the_curriculum():
+    target = toys.target()
+    for kind, masks in [("eagle-ps", [0, 1, 2, 3, 3, 3, 3, 3]), ("medusa-ps", [1, 2, 3, 4, 4, 4, 4, 4])]:
+        drafter = toys.drafter(kind, target, curriculum=0.5)
+        assert [train.masks_at(drafter, step, 8) for step in range(8)] == masks
+        assert train.masks_at(toys.drafter(kind, target), 0, 8) == drafter.masks
+
+
+def test_every_option_trains(tmp_path):
+    target, lines = toys.target(), []
+    options = {"curriculum": 0.6, "anchors": 0.5, "keep": 0.8, "taps": [1], "labels": "hard", "streak_weight": 0.1}
+    spec = toys.drafter("eagle-ps", target, **options).spec
+    train.train_drafter(
+        spec,
+        target,
+        toys.rows(),
+        toys.rows(2),
+        tmp_path,
+        seed=0,
+        device=torch.device("cpu"),
+        log=lines.append,
+        steps=40,
+    )
+    assert drafters.load(tmp_path, target).spec == spec
+    seen = {row["metric"] for row in lines if row["step"] == 20}
+    assert {"loss_0", "loss_2"} < seen and "loss_3" in {row["metric"] for row in lines if row["step"] == 40}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss_mask": torch.zeros(2, 24, dtype=torch.long)}, "mask selects nothing"),
+        ({"document": torch.arange(24).expand(2, 24) // 2}, "more than 2 tokens"),
+        ({"input_ids": torch.zeros(0, 24), "document": torch.zeros(0, 24)}, "rows are empty"),
+    ],
+)
+def test_rows_that_teach_nothing_are_refused_before_the_first_step(change, message, tmp_path):
+    target, lines = toys.target(), []
+    spec = toys.drafter("eagle-ps", target).spec
+    rows = {**as_batch(toys.rows(2)), **change}
+    with pytest.raises(UserError, match=message):
+        train.train_drafter(
+            spec, target, rows, toys.rows(2), tmp_path, seed=0, device=torch.device("cpu"), log=lines.append
+        )
+    assert not lines and not list(tmp_path.iterdir())
+
+
+def test_a_drafter_saved_before_an_option_existed_loads(tmp_path):
+    target = toys.target()
+    drafters.save(toys.drafter("eagle-ps", target), tmp_path)
+    stored = json.loads((tmp_path / "spec.json").read_text())
+    for name in ("anchors", "attention", "curriculum", "labels", "streak_weight", "taps"):
+        stored["spec"].pop(name)
+    (tmp_path / "spec.json").write_text(json.dumps(stored))
+    assert drafters.load(tmp_path, target).spec.attention == "structured"
 
 
 @pytest.mark.parametrize("fault", ["missing", "surplus", "shape", "nan", "garbage"])

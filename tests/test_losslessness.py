@@ -59,8 +59,8 @@ def test_rejected_nodes_leave_no_trace(kind, monkeypatch):
 
     forward = decode._forward
 
-    def target_spy(of, tokens, cache, shape=None):
-        made = forward(of, tokens, cache, shape)
+    def target_spy(of, tokens, cache, shape=None, taps=()):
+        made = forward(of, tokens, cache, shape, taps)
         seen[:] = [cache]
         return made
 
@@ -98,7 +98,7 @@ class Markov:
     def __init__(self, table):
         self.table, self.vocab_size = table, len(table)
 
-    def features(self, ids, place, mask, cache):
+    def features(self, ids, place, mask, cache, taps=()):
         row = torch.zeros(1, 1, ids.shape[1], 1)
         cache.update(row, row, 0)
         return self.table[ids]
@@ -166,7 +166,8 @@ def law(table, temperature, top_k):
 def counts(target, drafter, draws=DRAWS, **settings):
     found = np.zeros(81)
     for seed in range(draws):
-        made = decode.speculative(target, drafter, [0], Settings(max_new_tokens=4, seed=seed, repeat_stop=0, **settings))
+        one = Settings(max_new_tokens=4, seed=seed, repeat_stop=0, **settings)
+        made = decode.speculative(target, drafter, [0], one)
         found[int("".join(map(str, made.tokens)), 3)] += 1
     return found
 
@@ -219,18 +220,12 @@ def biased_residual(verdict):
     """Emits from p where the residual is due."""
     return lambda tokens, parent, p, q, draw, uniform, emit, *more: verdict(
         tokens, parent, p, q, draw, uniform, emit, *more
-    )._replace(
-        token=(
-            p[verdict(tokens, parent, p, q, draw, uniform, emit, *more).path[-1]].log() + emit
-        ).argmax()
-    )
+    )._replace(token=(p[verdict(tokens, parent, p, q, draw, uniform, emit, *more).path[-1]].log() + emit).argmax())
 
 
 def always_first(verdict):
     """Accepts a draw whenever the target could have made it."""
-    return lambda tokens, parent, p, q, draw, uniform, *more: verdict(
-        tokens, parent, p, q, draw, uniform * 0.5, *more
-    )
+    return lambda tokens, parent, p, q, draw, uniform, *more: verdict(tokens, parent, p, q, draw, uniform * 0.5, *more)
 
 
 def dropped_root(verdict):
@@ -273,7 +268,9 @@ def test_coupled_bugs_are_caught_by_equality(bug, monkeypatch):
     else:
         walk = verify.walk
         monkeypatch.setattr(
-            decode, "walk", lambda tokens, parent, mask, chosen, depth: walk(tokens, parent, mask, chosen.roll(1), depth)
+            decode,
+            "walk",
+            lambda tokens, parent, mask, chosen, k: walk(tokens, parent, mask, chosen.roll(1), k),
         )
     settings = Settings(k=4, tree="best_first", nodes=8, temperature=0.7, max_new_tokens=40, seed=1, repeat_stop=0)
     made = decode.speculative(target, drafter, PROMPT, settings).tokens

@@ -138,6 +138,6 @@ def test_divergence_is_one_clear_error():
     spec = FitSpec(steps=2, rows=1, log_every=1)
     with pytest.raises(UserError, match="diverged at step 1.*lower learning_rate"):
         fit.fit(
-            module, lambda batch: (module.weight.sum() * float("nan"), {}), {"input_ids": torch.zeros(2, 3)}, spec,
-            seed=0, device=torch.device("cpu"), log=lambda row: None,
+            module, lambda *_: (module.weight.sum() * float("nan"), {}), {"input_ids": torch.zeros(2, 3)}, spec,
+            count=lambda *_: None, seed=0, device=torch.device("cpu"), log=lambda row: None,
         )  # fmt: skip

@@ -10,10 +10,12 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from psnb import groups
 from psnb.profile import DrafterSpec
 from psnb.target import Target
 from psnb.tree import Candidates, Plan, Tree
 
+Mask = Tensor | groups.Rows
 Choose = Callable[..., Candidates]  # (logits [r, V] of slots first, first + 1, ... or all of one slot) -> candidates
 
 
@@ -25,6 +27,7 @@ class Drafter(nn.Module):
     """
 
     one_pass = True  # all slots from one forward, so `marginals` exists
+    frozen_head = True  # `logits` is the target's own projection
     first_slot = 0  # slot of the real row; -1 where it drafts nothing
 
     def __init__(self, spec: DrafterSpec, target: Target) -> None:
@@ -39,12 +42,12 @@ class Drafter(nn.Module):
         return 0
 
     def rows(
-        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor
+        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Mask
     ) -> Tensor:
         """Training forward: every row at once.
 
-        features [B, n, H] (f_t), next_ids [B, n] (x_{t+1}), depth, anchor [R], place [B, R] (position ids),
-        mask bool [B, 1, R, R] -> hidden [B, R, H].
+        features [B, n, (1 + taps) * H] (f_t last), next_ids [B, n] (x_{t+1}), depth, anchor [R], place [B, R]
+        (position ids), mask: `groups.structure`, or bool [B, 1, R, R] -> hidden [B, R, H].
         """
         raise NotImplementedError
 
@@ -87,7 +90,7 @@ class Layers(nn.Module):
             max_position_embeddings=of.max_position_embeddings,
             rms_norm_eps=getattr(of, "rms_norm_eps", 1e-6),
         )
-        config._attn_implementation = "sdpa"
+        config._attn_implementation = groups.register()
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(count))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(config)
@@ -95,8 +98,11 @@ class Layers(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def forward(self, hidden: Tensor, place: Tensor, mask: Tensor | None, cache: Any = None) -> Tensor:
-        """hidden [B, R, H], place [B, R], mask bool [B, 1, R, keys] or None (all keys) -> normed hidden [B, R, H]."""
+    def forward(self, hidden: Tensor, place: Tensor, mask: Mask | None, cache: Any = None) -> Tensor:
+        """hidden [B, R, H], place [B, R], mask bool [B, 1, R, keys], the rows of groups, or None (all keys).
+
+        Returns the normed hidden [B, R, H].
+        """
         angles = self.rotary(hidden, place)
         for layer in self.layers:
             hidden = layer(hidden, attention_mask=mask, position_embeddings=angles, past_key_values=cache)

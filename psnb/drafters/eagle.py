@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Choose, Drafter, Layers, start_norm
+from psnb.drafters.base import Choose, Drafter, Layers, Mask, start_norm
 from psnb.profile import DrafterSpec
 from psnb.target import Target
 from psnb.tree import Plan, Shape, Tree, ancestry
@@ -33,7 +33,7 @@ class Eagle(Drafter):
         return self.fc(torch.cat([self.target.embed(next_ids), features], -1))
 
     def rows(
-        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor
+        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Mask
     ) -> Tensor:
         return self.body(self.fuse(features, next_ids), place, mask)
 

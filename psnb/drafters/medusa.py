@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psnb.drafters.base import Drafter
+from psnb.drafters.base import Drafter, Mask
 from psnb.profile import DrafterSpec
 from psnb.target import Target
 
 
 class Medusa(Drafter):
     """Head i: f + SiLU(A_i f), A_i zero at the start, then W_i, a copy of the target's projection at the start."""
+
+    frozen_head = False
 
     def __init__(self, spec: DrafterSpec, target: Target) -> None:
         super().__init__(spec, target)
@@ -28,7 +30,7 @@ class Medusa(Drafter):
                 project.weight.copy_(target.model.get_output_embeddings().weight)
 
     def rows(
-        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor
+        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Mask
     ) -> Tensor:
         """The rows are the features themselves, one an anchor; every head reads the same row."""
         return features

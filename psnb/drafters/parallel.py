@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Drafter, Layers, start_norm
+from psnb.drafters.base import Drafter, Layers, Mask, start_norm
 from psnb.drafters.eagle import Eagle
 from psnb.profile import DrafterSpec
 from psnb.target import Target
@@ -19,7 +19,7 @@ class Parallel(Drafter):
     body: Layers
 
     def real(self, features: Tensor, next_ids: Tensor) -> Tensor:
-        """Inputs of the real rows: features [B, m, H], next_ids [B, m] -> [B, m, H]."""
+        """Inputs of the real rows: features [B, m, (1 + taps) * H], next_ids [B, m] -> [B, m, H]."""
         raise NotImplementedError
 
     def mask_inputs(self) -> Tensor:
@@ -31,10 +31,10 @@ class Parallel(Drafter):
         return torch.arange(count) * (self.spec.mask_mode == "distinct")
 
     def rows(
-        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Tensor
+        self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Mask
     ) -> Tensor:
         real = self.real(features, next_ids)
-        masked = self.mask_inputs()[depth[depth > 0] - 1].expand(len(features), -1, -1).to(real.dtype)
+        masked = self.mask_inputs()[depth[real.shape[1] :] - 1].expand(len(features), -1, -1).to(real.dtype)
         return self.body(torch.cat([real, masked], 1), place, mask)
 
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
@@ -55,11 +55,11 @@ class EaglePS(Parallel):
 
     def __init__(self, spec: DrafterSpec, target: Target) -> None:
         super().__init__(spec, target)
-        width = target.hidden_size
-        self.fc = nn.Linear(2 * width, width, bias=False)
+        width = (2 + len(spec.taps)) * target.hidden_size  # the embedding, the taps, f_t
+        self.fc = nn.Linear(width, target.hidden_size, bias=False)
         nn.init.normal_(self.fc.weight, std=0.02)
         count = (spec.k - 1) if spec.mask_mode == "distinct" else min(1, spec.k - 1)
-        self.mask_pair = nn.Parameter(torch.randn(count, 2 * width) * 0.02)  # [m_i; h_i]
+        self.mask_pair = nn.Parameter(torch.randn(count, width) * 0.02)  # [m_i; h_i]
         self.body = Layers(spec.layers, target)
         start_norm(self.body, target)
 
@@ -75,7 +75,10 @@ class EaglePS(Parallel):
 
 
 class MedusaPS(Parallel):
-    """Medusa + ParallelSpec: real rows are the features f_t and draft nothing; mask i + 1 drafts slot i."""
+    """Medusa + ParallelSpec: real rows are the features f_t and draft nothing; mask i + 1 drafts slot i.
+
+    With taps the real rows are mix[taps; f_t], which is f_t at the start.
+    """
 
     first_slot = -1
 
@@ -83,6 +86,11 @@ class MedusaPS(Parallel):
         super().__init__(spec, target)
         count = spec.k if spec.mask_mode == "distinct" else 1
         self.mask_row = nn.Parameter(torch.randn(count, target.hidden_size) * 0.02)
+        if spec.taps:
+            width = target.hidden_size
+            self.mix = nn.Linear((1 + len(spec.taps)) * width, width, bias=False)
+            with torch.no_grad():
+                self.mix.weight.zero_()[:, -width:].fill_diagonal_(1.0)
         self.body = Layers(spec.layers, target)
         start_norm(self.body, target)
 
@@ -91,7 +99,7 @@ class MedusaPS(Parallel):
         return self.k
 
     def real(self, features: Tensor, next_ids: Tensor) -> Tensor:
-        return features
+        return self.mix(features) if self.spec.taps else features
 
     def mask_inputs(self) -> Tensor:
         return self.mask_row[self.mask_index(self.masks)]
