@@ -19,6 +19,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -46,7 +47,13 @@ if TYPE_CHECKING:
 DATA = ("corpus", "tokenizer", "tokens", "rows", "prompts")
 SPLITS = ("train", "held_out")
 TRAINED_ON = ("source", "split", "packages", "held_out", "vocab_size", "length")  # of [data]: what weights depend on
-UNSEEN = ("compile", "log_every", "evaluate_every")  # of a training budget: they do not change what is trained
+UNSEEN = (
+    "accumulate",
+    "compile",
+    "log_every",
+    "evaluate_every",
+    "save_every",
+)  # of a training budget: what changes nothing in what is trained
 MEASURING = (  # the sources that a measured number comes from
     *("target.py", "groups.py", "drafters/*.py", "cache.py", "tree.py", "verify.py", "decode.py", "engine.py"),
     "measure.py",
@@ -110,6 +117,7 @@ class Study:
     root: Path  # the project: notebooks, constraints, shipped checkpoints
     output: Path
     fresh: set[str] = field(default_factory=set)  # stages to make again, each once
+    launch: Callable[[str, Path], None] | None = None  # trains a model into a folder elsewhere (see runner.train)
     _loaded: dict[str, Any] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
 
@@ -270,8 +278,8 @@ class Study:
         if spec.source == "code":
             installed = {d.name: d.version for d in importlib.metadata.distributions()}
             depends += [manifest.sha256_file(self.root / "constraints.txt"), sys.version, installed]
-        elif Path(spec.source).is_file():
-            depends += [manifest.sha256_file(Path(spec.source))]
+        elif (self.root / spec.source).is_file():
+            depends += [manifest.sha256_file(self.root / spec.source)]
         make = self._code_corpus if spec.source == "code" else self._chat_corpus
         self._loaded["corpus"] = load_from_disk(self._data("corpus", depends, make))
         return self._loaded["corpus"]
@@ -306,7 +314,10 @@ class Study:
     def _chat_corpus(self, folder: Path) -> dict[str, Any]:
         from psnb import data
 
-        records, facts = data.load_records(self.profile.data.source, self.profile.data.split)
+        source = self.profile.data.source
+        if source.endswith((".jsonl", ".jsonl.xz")):
+            source = str(self.root / source)
+        records, facts = data.load_records(source, self.profile.data.split)
         corpus = records.train_test_split(test_size=0.05, seed=self.profile.seed)
         corpus["held_out"] = corpus.pop("test")
         corpus.save_to_disk(folder)
@@ -496,8 +507,8 @@ class Study:
             )
         return f"{again} trains it again"
 
-    def _trained(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The checkpoint's folder: as it is if its key fits, else trained by `make(folder)`.
+    def _trained(self, name: str) -> Path:
+        """The checkpoint's folder: as it is if its key fits, else trained.
 
         Raises UserError for a damaged one: nothing is trained again that nobody asked for.
         """
@@ -519,10 +530,35 @@ class Study:
             return folder
 
         def made(temporary: Path) -> dict[str, Any]:
-            make(temporary)
+            self._training_rows()  # made here once, whoever trains
+            (self.launch or self.fit_into)(name, temporary)
             return self._seal(temporary, name)
 
-        return self._make(name, self.results / "checkpoints" / name, digest(spec), made, f"{why} on {self.device}")
+        final = self._make(name, self.results / "checkpoints" / name, digest(spec), made, f"{why} on {self.device}")
+        shutil.rmtree(self._state(name), ignore_errors=True)
+        return final
+
+    def _state(self, name: str) -> Path:
+        """Where a training saves what it needs to go on after a kill."""
+        return self.cache / "training" / f"{name}-{digest(self._spec(name))[:16]}"
+
+    def fit_into(self, name: str, folder: Path) -> None:
+        """Trains a model's weights into `folder`, in this process or as one of several that a launcher started.
+
+        What it depends on has to be there, or is made first. Raises UserError.
+        """
+        from psnb import target
+        from psnb.train import train_drafter
+
+        how: dict[str, Any] = {"seed": self.profile.seed, "device": self.device, "state": self._state(name)}
+        spec = self.profile.drafters.get(name, self.profile.target)
+        how["log"] = self._log(name, spec.train)
+        if name == "target":
+            target.train(spec, self.tokenizer(), *self._training_rows(), folder, **how)
+            return
+        if spec.warm_start:
+            how["warm_start_from"] = self.checkpoint(spec.warm_start)
+        train_drafter(spec, self.target(), *self._training_rows(), folder, **how)
 
     def _seal(self, folder: Path, name: str) -> dict[str, Any]:
         """What stage.json says of weights beside key, time and seconds."""
@@ -569,13 +605,9 @@ class Study:
 
         from psnb import target
 
-        def make(folder: Path) -> None:
-            how = {"seed": self.profile.seed, "device": self.device, "log": self._log("target", spec.train)}
-            target.train(spec, self.tokenizer(), *self._training_rows(), folder, **how)
-
         spec = self.profile.target
         if "target" not in self._loaded or "target" in self.fresh:
-            path = spec.path or self._trained("target", make)
+            path = spec.path or self._trained("target")
             dtype = getattr(torch, self.profile.dtype)
             self._loaded["target"] = self._load("target", lambda: target.load(path, dtype=dtype, device=self.device))
         return self._loaded["target"]
@@ -586,21 +618,15 @@ class Study:
         Raises UserError for an unknown name and for a checkpoint that does not load.
         """
         from psnb import drafters
-        from psnb.train import train_drafter
 
         if name not in self.profile.drafters:
             raise UserError(f"unknown drafter {name!r}; {nearest(name, self.profile.drafters)}")
         spec, target = self.profile.drafters[name], self.target()
 
-        def make(folder: Path) -> None:
-            how = {"seed": self.profile.seed, "device": self.device, "log": self._log(name, spec.train)}
-            if spec.warm_start:
-                self.drafter(spec.warm_start)
-                how["warm_start_from"] = self.checkpoint(spec.warm_start)
-            train_drafter(spec, target, *self._training_rows(), folder, **how)
-
         if name not in self._loaded or name in self.fresh:
-            folder = self._trained(name, make)
+            if spec.warm_start and not self.ready(name):
+                self.drafter(spec.warm_start)
+            folder = self._trained(name)
             self._loaded[name] = self._load(name, lambda: drafters.load(folder, target))
         return self._loaded[name]
 
