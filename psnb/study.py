@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 DATA = ("corpus", "tokenizer", "tokens", "rows", "prompts")
 SPLITS = ("train", "held_out")
 TRAINED_ON = ("source", "split", "packages", "held_out", "vocab_size", "length")  # of [data]: what weights depend on
+ANSWERED = ("responses", "prefix", "response_temperature", "response_rows")  # what drafters' weights depend on beside
 UNSEEN = (
     "accumulate",
     "compile",
@@ -338,7 +339,9 @@ class Study:
             self.corpus()
             depends = [self.made("corpus")["sha256"]["train"], spec.source, spec.vocab_size]
             path = str(self._data("tokenizer", depends, self._train_tokenizer))
-        return self._load("target", lambda: AutoTokenizer.from_pretrained(path))
+        tokenizer = self._load("target", lambda: AutoTokenizer.from_pretrained(path))
+        tokenizer.chat_template = self.profile.target.chat_template or tokenizer.chat_template
+        return tokenizer
 
     def _train_tokenizer(self, folder: Path) -> dict[str, Any]:
         from psnb import data
@@ -474,7 +477,8 @@ class Study:
 
     def _spec(self, name: str) -> dict[str, Any]:
         """What a checkpoint's weights depend on; its hash is the stage's key."""
-        data = {k: v for k, v in manifest.plain(self.profile.data).items() if k in TRAINED_ON}
+        seen = TRAINED_ON if name == "target" or self.profile.data.responses == "corpus" else TRAINED_ON + ANSWERED
+        data = {k: v for k, v in manifest.plain(self.profile.data).items() if k in seen}
         common = {"seed": self.profile.seed, "data": data}
         if name == "target":
             return {**common, "target": _seen(self.profile.target)}
@@ -530,7 +534,7 @@ class Study:
             return folder
 
         def made(temporary: Path) -> dict[str, Any]:
-            self._training_rows()  # made here once, whoever trains
+            self._training_rows(name)  # made here once, whoever trains
             (self.launch or self.fit_into)(name, temporary)
             return self._seal(temporary, name)
 
@@ -556,9 +560,14 @@ class Study:
         if name == "target":
             target.train(spec, self.tokenizer(), *self._training_rows(), folder, **how)
             return
+        if (length := self.profile.data.length) > self.target().context:
+            raise UserError(
+                f"profile {self.profile.name}: data.length = {length}, but the target's context has "
+                f"{self.target().context}: lower data.length"
+            )
         if spec.warm_start:
             how["warm_start_from"] = self.checkpoint(spec.warm_start)
-        train_drafter(spec, self.target(), *self._training_rows(), folder, **how)
+        train_drafter(spec, self.target(), *self._training_rows(name), folder, **how)
 
     def _seal(self, folder: Path, name: str) -> dict[str, Any]:
         """What stage.json says of weights beside key, time and seconds."""
@@ -590,11 +599,37 @@ class Study:
 
         return log
 
-    def _training_rows(self) -> tuple[Dataset, Dataset]:
-        """(train, a fixed sample of held_out)."""
+    def _training_rows(self, name: str = "target") -> tuple[Dataset, Dataset]:
+        """(train, a fixed sample of held_out); for a drafter in the target's words where the profile says so."""
         held_out = self.rows("held_out")
         some = np.random.default_rng(self.profile.seed).permutation(len(held_out))[:HELD_ROWS]
-        return self.rows("train"), held_out.select(some)
+        train, held_out = self.rows("train"), held_out.select(some)
+        if name == "target" or self.profile.data.responses == "corpus":
+            return train, held_out
+        return self._responses("train", train), self._responses("held_out", held_out)
+
+    def _responses(self, split: str, rows: Dataset) -> Dataset:
+        """The rows as the target goes on from their prompts."""
+        from datasets import load_from_disk
+
+        from psnb import respond
+
+        spec, seed, target = self.profile.data, self.profile.seed, self.target()
+        if 0 < spec.response_rows < len(rows):
+            rows = rows.select(np.random.default_rng(seed).permutation(len(rows))[: spec.response_rows])
+        seed += SPLITS.index(split)
+
+        def make(folder: Path) -> dict[str, Any]:
+            made = respond.respond(
+                target, rows, spec.prefix, spec.response_temperature, seed, spec.response_batch, spec.response_graph
+            )
+            made.save_to_disk(folder)
+            written = int(np.sum(made.with_format("numpy")["loss_mask"][:]))
+            return {"rows": len(made), "tokens": len(made) * spec.length, "written": written}
+
+        values = [getattr(spec, field) for field in ANSWERED]
+        depends = [self.made(f"rows-{split}")["key"], self._target_id(), values, seed, self.profile.dtype]
+        return load_from_disk(self._data(f"responses-{split}", depends, make))
 
     def target(self) -> Target:
         """The frozen target: the profile's model, or the checkpoint, trained first if there is none.
