@@ -1,4 +1,4 @@
-"""The command line: `psnb run`, `psnb list`, `psnb report` (also `python -m psnb`)."""
+"""The command line: `psnb run`, `psnb train`, `psnb list`, `psnb report` (also `python -m psnb`)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ EXAMPLES = """examples:
   psnb run --only 03_draft_length -p '03_draft_length.ks=[1,2,4]'
   psnb run --profile h200 --fresh                     measure everything again
   psnb run --profile my.toml --only eagle-ps --fresh  train one drafter again
+  psnb train --profile h200 --stage eagle --processes 2   one model, on two GPUs; goes on where a killed run was
   psnb list --profile smoke                           what is done, what the rest would cost
 """
 
@@ -26,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         prog="psnb", description=psnb.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--version", action="version", version=f"psnb {psnb.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="run | list | report")
+    commands = top.add_subparsers(dest="command", required=True, metavar="run | train | list | report")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -49,6 +50,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="NOTEBOOK.name=value",
         help="a notebook's parameter",
     )
+
+    train = commands.add_parser("train", parents=[common], help="train one model, or go on with it")
+    train.add_argument("--stage", required=True, metavar="NAME", help="the target or a drafter (names: psnb list)")
+    train.add_argument("--processes", type=int, default=1, metavar="N", help="processes, one a GPU (default: 1)")
+    train.add_argument("--fresh", action="store_true", help="train it again")
+    train.add_argument("--into", default="", help=argparse.SUPPRESS)  # one of the processes
 
     commands.add_parser("list", parents=[common], help="stages, what is done, what each costs")
 
@@ -88,6 +95,10 @@ def command(given: argparse.Namespace) -> int:
     elif given.command == "run":
         parameters = _parameters(given.parameters)
         _where(runner.run(given.profile, given.only, given.fresh, parameters, given.output))
+    elif given.command == "train" and given.into:
+        runner.work(given.profile, given.stage, Path(given.into), given.output)
+    elif given.command == "train":
+        print(runner.train(given.profile, given.stage, given.processes, given.fresh, given.output))
     elif given.readme:
         from psnb import report
 

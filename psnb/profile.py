@@ -43,6 +43,12 @@ class DataSpec:
     held_out: list[str] = field(default_factory=list)  # whole packages kept for evaluation
     vocab_size: int = 5120
     length: int = 512  # tokens in a training row
+    responses: str = "corpus"  # what drafters are trained on; "target": the target writes on from the corpus's prompts
+    prefix: int = 32  # with "target": tokens of a text that are the prompt (a chat's ends where its last answer begins)
+    response_temperature: float = 0.7
+    response_rows: int = 0  # rows that are answered at most; 0: all
+    response_batch: int = 1024  # prompts answered at once
+    response_graph: bool = False  # one CUDA graph a token
     questions: str = ""  # evaluation prompts from this JSONL file (Spec-Bench's form); empty: from held-out text
     prompts_per_family: int = 16
     max_prompt_tokens: int = 256
@@ -54,6 +60,7 @@ class TargetSpec:
     """The frozen causal LM p: `path` names a folder or a hub model; empty, a Llama of this shape is trained."""
 
     path: str = ""
+    chat_template: str = ""  # Jinja; empty: the tokenizer's own
     hidden_size: int = 320
     layers: int = 8
     heads: int = 10
@@ -202,5 +209,8 @@ def _check(profile: Profile) -> None:
             else len(profile.drafters)
         ):
             raise UserError(f"{where}: warm_start {spec.warm_start!r} must be a drafter listed before it")
+    if profile.data.responses not in ("corpus", "target"):
+        known = nearest(profile.data.responses, ["corpus", "target"])
+        raise UserError(f"profile {profile.name}.data: responses {profile.data.responses!r}; {known}")
     if profile.dtype not in ("float32", "float64", "bfloat16"):
         raise UserError(f"profile {profile.name}: dtype {profile.dtype!r}; float32, float64 or bfloat16")

@@ -1,4 +1,4 @@
-"""Running a profile: its notebooks through papermill, in order, then the report; and what `psnb list` tells."""
+"""Running a profile: its notebooks through papermill, in order, then the report; trainings; what `psnb list` tells."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -288,6 +289,54 @@ def report(study: Study) -> Path:
 
 
 # --- 4. what is done ------------------------------------------------------------------------------------------------
+
+
+def train(profile: str, stage: str, processes: int = 1, fresh: bool = False, output: str = "") -> Path:
+    """Trains the target or a drafter as far as it is not there, in `processes` processes (GPUs); its folder.
+
+    What was killed goes on from what it saved. Raises UserError.
+    """
+    study = Study.open(profile, output, fresh=[stage] if fresh else [])
+    if stage not in study.models or (stage == "target" and study.profile.target.path):
+        known = [name for name in study.models if name != "target" or not study.profile.target.path]
+        raise UserError(f"--stage {stage}: no model that this profile trains; {nearest(stage, known)}")
+    if processes < 1:
+        raise UserError(f"--processes {processes}: one a GPU, so 1 or more")
+    if study.device.type == "cuda":
+        import torch
+
+        if processes > torch.cuda.device_count():
+            raise UserError(f"--processes {processes}: there are {torch.cuda.device_count()} GPUs; ask for fewer")
+
+    def launch(name: str, folder: Path) -> None:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "psnb"]
+        given = ["train", "--profile", profile, "--output", str(study.output), "--stage", name, "--into", str(folder)]
+        done = subprocess.run([sys.executable, *launcher, *given], stderr=subprocess.PIPE, text=True)
+        if (told := folder / "error.txt").is_file():
+            raise UserError(told.read_text(encoding="utf-8"))
+        if done.returncode:
+            raise UserError(f"training {name} in {processes} processes failed: {done.stderr.strip()[-2000:]}")
+
+    study.launch = launch if processes > 1 else None
+    study.make(stage)
+    return study.checkpoint(stage)
+
+
+def work(profile: str, stage: str, folder: Path, output: str) -> None:
+    """One of the processes that `train` started: trains into `folder`; the first one talks and writes."""
+    from accelerate import PartialState
+
+    study = Study.open(profile, output)
+    state = PartialState(cpu=study.device.type == "cpu")  # chooses this process's GPU
+    with contextlib.ExitStack() as stack:
+        if not state.is_main_process:
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        try:
+            study.fit_into(stage, folder)
+        except UserError as error:
+            (folder / "error.txt").write_text(str(error), encoding="utf-8")
+            raise
+    state.destroy_process_group()
 
 
 def status(study: Study) -> pd.DataFrame:

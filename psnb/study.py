@@ -19,6 +19,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shutil
 import sys
 import time
 from collections import Counter
@@ -46,7 +47,14 @@ if TYPE_CHECKING:
 DATA = ("corpus", "tokenizer", "tokens", "rows", "prompts")
 SPLITS = ("train", "held_out")
 TRAINED_ON = ("source", "split", "packages", "held_out", "vocab_size", "length")  # of [data]: what weights depend on
-UNSEEN = ("compile", "log_every", "evaluate_every")  # of a training budget: they do not change what is trained
+ANSWERED = ("responses", "prefix", "response_temperature", "response_rows")  # what drafters' weights depend on beside
+UNSEEN = (
+    "accumulate",
+    "compile",
+    "log_every",
+    "evaluate_every",
+    "save_every",
+)  # of a training budget: what changes nothing in what is trained
 MEASURING = (  # the sources that a measured number comes from
     *("target.py", "groups.py", "drafters/*.py", "cache.py", "tree.py", "verify.py", "decode.py", "engine.py"),
     "measure.py",
@@ -110,6 +118,7 @@ class Study:
     root: Path  # the project: notebooks, constraints, shipped checkpoints
     output: Path
     fresh: set[str] = field(default_factory=set)  # stages to make again, each once
+    launch: Callable[[str, Path], None] | None = None  # trains a model into a folder elsewhere (see runner.train)
     _loaded: dict[str, Any] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
 
@@ -270,8 +279,8 @@ class Study:
         if spec.source == "code":
             installed = {d.name: d.version for d in importlib.metadata.distributions()}
             depends += [manifest.sha256_file(self.root / "constraints.txt"), sys.version, installed]
-        elif Path(spec.source).is_file():
-            depends += [manifest.sha256_file(Path(spec.source))]
+        elif (self.root / spec.source).is_file():
+            depends += [manifest.sha256_file(self.root / spec.source)]
         make = self._code_corpus if spec.source == "code" else self._chat_corpus
         self._loaded["corpus"] = load_from_disk(self._data("corpus", depends, make))
         return self._loaded["corpus"]
@@ -306,7 +315,10 @@ class Study:
     def _chat_corpus(self, folder: Path) -> dict[str, Any]:
         from psnb import data
 
-        records, facts = data.load_records(self.profile.data.source, self.profile.data.split)
+        source = self.profile.data.source
+        if source.endswith((".jsonl", ".jsonl.xz")):
+            source = str(self.root / source)
+        records, facts = data.load_records(source, self.profile.data.split)
         corpus = records.train_test_split(test_size=0.05, seed=self.profile.seed)
         corpus["held_out"] = corpus.pop("test")
         corpus.save_to_disk(folder)
@@ -327,7 +339,9 @@ class Study:
             self.corpus()
             depends = [self.made("corpus")["sha256"]["train"], spec.source, spec.vocab_size]
             path = str(self._data("tokenizer", depends, self._train_tokenizer))
-        return self._load("target", lambda: AutoTokenizer.from_pretrained(path))
+        tokenizer = self._load("target", lambda: AutoTokenizer.from_pretrained(path))
+        tokenizer.chat_template = self.profile.target.chat_template or tokenizer.chat_template
+        return tokenizer
 
     def _train_tokenizer(self, folder: Path) -> dict[str, Any]:
         from psnb import data
@@ -463,7 +477,8 @@ class Study:
 
     def _spec(self, name: str) -> dict[str, Any]:
         """What a checkpoint's weights depend on; its hash is the stage's key."""
-        data = {k: v for k, v in manifest.plain(self.profile.data).items() if k in TRAINED_ON}
+        seen = TRAINED_ON if name == "target" or self.profile.data.responses == "corpus" else TRAINED_ON + ANSWERED
+        data = {k: v for k, v in manifest.plain(self.profile.data).items() if k in seen}
         common = {"seed": self.profile.seed, "data": data}
         if name == "target":
             return {**common, "target": _seen(self.profile.target)}
@@ -496,8 +511,8 @@ class Study:
             )
         return f"{again} trains it again"
 
-    def _trained(self, name: str, make: Callable[[Path], None]) -> Path:
-        """The checkpoint's folder: as it is if its key fits, else trained by `make(folder)`.
+    def _trained(self, name: str) -> Path:
+        """The checkpoint's folder: as it is if its key fits, else trained.
 
         Raises UserError for a damaged one: nothing is trained again that nobody asked for.
         """
@@ -519,10 +534,40 @@ class Study:
             return folder
 
         def made(temporary: Path) -> dict[str, Any]:
-            make(temporary)
+            self._training_rows(name)  # made here once, whoever trains
+            (self.launch or self.fit_into)(name, temporary)
             return self._seal(temporary, name)
 
-        return self._make(name, self.results / "checkpoints" / name, digest(spec), made, f"{why} on {self.device}")
+        final = self._make(name, self.results / "checkpoints" / name, digest(spec), made, f"{why} on {self.device}")
+        shutil.rmtree(self._state(name), ignore_errors=True)
+        return final
+
+    def _state(self, name: str) -> Path:
+        """Where a training saves what it needs to go on after a kill."""
+        return self.cache / "training" / f"{name}-{digest(self._spec(name))[:16]}"
+
+    def fit_into(self, name: str, folder: Path) -> None:
+        """Trains a model's weights into `folder`, in this process or as one of several that a launcher started.
+
+        What it depends on has to be there, or is made first. Raises UserError.
+        """
+        from psnb import target
+        from psnb.train import train_drafter
+
+        how: dict[str, Any] = {"seed": self.profile.seed, "device": self.device, "state": self._state(name)}
+        spec = self.profile.drafters.get(name, self.profile.target)
+        how["log"] = self._log(name, spec.train)
+        if name == "target":
+            target.train(spec, self.tokenizer(), *self._training_rows(), folder, **how)
+            return
+        if (length := self.profile.data.length) > self.target().context:
+            raise UserError(
+                f"profile {self.profile.name}: data.length = {length}, but the target's context has "
+                f"{self.target().context}: lower data.length"
+            )
+        if spec.warm_start:
+            how["warm_start_from"] = self.checkpoint(spec.warm_start)
+        train_drafter(spec, self.target(), *self._training_rows(name), folder, **how)
 
     def _seal(self, folder: Path, name: str) -> dict[str, Any]:
         """What stage.json says of weights beside key, time and seconds."""
@@ -554,11 +599,37 @@ class Study:
 
         return log
 
-    def _training_rows(self) -> tuple[Dataset, Dataset]:
-        """(train, a fixed sample of held_out)."""
+    def _training_rows(self, name: str = "target") -> tuple[Dataset, Dataset]:
+        """(train, a fixed sample of held_out); for a drafter in the target's words where the profile says so."""
         held_out = self.rows("held_out")
         some = np.random.default_rng(self.profile.seed).permutation(len(held_out))[:HELD_ROWS]
-        return self.rows("train"), held_out.select(some)
+        train, held_out = self.rows("train"), held_out.select(some)
+        if name == "target" or self.profile.data.responses == "corpus":
+            return train, held_out
+        return self._responses("train", train), self._responses("held_out", held_out)
+
+    def _responses(self, split: str, rows: Dataset) -> Dataset:
+        """The rows as the target goes on from their prompts."""
+        from datasets import load_from_disk
+
+        from psnb import respond
+
+        spec, seed, target = self.profile.data, self.profile.seed, self.target()
+        if 0 < spec.response_rows < len(rows):
+            rows = rows.select(np.random.default_rng(seed).permutation(len(rows))[: spec.response_rows])
+        seed += SPLITS.index(split)
+
+        def make(folder: Path) -> dict[str, Any]:
+            made = respond.respond(
+                target, rows, spec.prefix, spec.response_temperature, seed, spec.response_batch, spec.response_graph
+            )
+            made.save_to_disk(folder)
+            written = int(np.sum(made.with_format("numpy")["loss_mask"][:]))
+            return {"rows": len(made), "tokens": len(made) * spec.length, "written": written}
+
+        values = [getattr(spec, field) for field in ANSWERED]
+        depends = [self.made(f"rows-{split}")["key"], self._target_id(), values, seed, self.profile.dtype]
+        return load_from_disk(self._data(f"responses-{split}", depends, make))
 
     def target(self) -> Target:
         """The frozen target: the profile's model, or the checkpoint, trained first if there is none.
@@ -569,13 +640,9 @@ class Study:
 
         from psnb import target
 
-        def make(folder: Path) -> None:
-            how = {"seed": self.profile.seed, "device": self.device, "log": self._log("target", spec.train)}
-            target.train(spec, self.tokenizer(), *self._training_rows(), folder, **how)
-
         spec = self.profile.target
         if "target" not in self._loaded or "target" in self.fresh:
-            path = spec.path or self._trained("target", make)
+            path = spec.path or self._trained("target")
             dtype = getattr(torch, self.profile.dtype)
             self._loaded["target"] = self._load("target", lambda: target.load(path, dtype=dtype, device=self.device))
         return self._loaded["target"]
@@ -586,21 +653,15 @@ class Study:
         Raises UserError for an unknown name and for a checkpoint that does not load.
         """
         from psnb import drafters
-        from psnb.train import train_drafter
 
         if name not in self.profile.drafters:
             raise UserError(f"unknown drafter {name!r}; {nearest(name, self.profile.drafters)}")
         spec, target = self.profile.drafters[name], self.target()
 
-        def make(folder: Path) -> None:
-            how = {"seed": self.profile.seed, "device": self.device, "log": self._log(name, spec.train)}
-            if spec.warm_start:
-                self.drafter(spec.warm_start)
-                how["warm_start_from"] = self.checkpoint(spec.warm_start)
-            train_drafter(spec, target, *self._training_rows(), folder, **how)
-
         if name not in self._loaded or name in self.fresh:
-            folder = self._trained(name, make)
+            if spec.warm_start and not self.ready(name):
+                self.drafter(spec.warm_start)
+            folder = self._trained(name)
             self._loaded[name] = self._load(name, lambda: drafters.load(folder, target))
         return self._loaded[name]
 

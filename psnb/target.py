@@ -50,7 +50,8 @@ class Target:
         self.hidden_size: int = model.config.hidden_size
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        self.context: int = model.config.max_position_embeddings
+        window = getattr(model.config, "sliding_window", None)  # within it, sliding attention is plain attention
+        self.context: int = min(model.config.max_position_embeddings, window or model.config.max_position_embeddings)
         self.layers: int = model.config.num_hidden_layers
 
     @property
@@ -124,6 +125,8 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
 
 @torch.inference_mode()
 def _check_projection(target: Target, path: str) -> None:
+    if getattr(target.config, "final_logit_softcapping", None):  # too small to see in a model's small logits
+        raise UserError(f"target {path}: caps its logits (final_logit_softcapping), which drafters do not; use another")
     ids = torch.arange(4, device=target.device)[None]
     features = target.features(ids, torch.arange(4, device=target.device)[None], None)
     if not torch.allclose(target.logits(features), target.model(input_ids=ids).logits, rtol=1e-2, atol=1e-2):

@@ -30,12 +30,12 @@ def made(toy, monkeypatch):
     """Training and loading are stand-ins; the list names what was trained and loaded."""
     calls = []
 
-    def train_target(spec, tokenizer, rows, held_out, folder, *, seed, device, log):
+    def train_target(spec, tokenizer, rows, held_out, folder, *, seed, device, log, state):
         calls.append("train target")
         log({"step": spec.train.steps, "tokens": 1, "metric": "loss", "value": 2.0})
         weights(folder, seed)
 
-    def train_drafter(spec, target, rows, held_out, folder, *, seed, device, log, warm_start_from=None):
+    def train_drafter(spec, target, rows, held_out, folder, *, seed, device, log, state, warm_start_from=None):
         calls.append(f"train {spec.kind}" + (f" from {warm_start_from.name}" if warm_start_from else ""))
         weights(folder, seed + len(spec.kind))
 
@@ -339,8 +339,16 @@ def test_chats_become_rows_with_a_loss_mask(toy):
     chosen = [i for i, m in zip(train[0]["input_ids"], train[0]["loss_mask"], strict=True) if m]
     assert study.tokenizer().decode(chosen).startswith("Quite a few, I would say.<|endoftext|>")
     assert {name: len(split) for name, split in study.corpus().items()} == {"train": 57, "held_out": 3}
-    with pytest.raises(UserError, match="evaluation prompts are cut from code"):
-        study.prompts()
+    assert study.made("corpus")["empty"] == 0 and study.made("tokens-train")["cut"] == 0
+    [prompt] = study.prompts()["prompt"][:1]
+    assert prompt == "<|user|>\nHow many?<|endoftext|><|assistant|>\n"
+    asked = {"question_id": 1, "category": "qa", "turns": ["Why?"]}
+    (toy / "question.jsonl").write_text(json.dumps(asked))
+    change(toy, "[data]", '[data]\nquestions = "question.jsonl"')
+    assert Study.open("toy.toml").prompts()["id"] == ["qa-000"]
+    change(toy, '"question.jsonl"', '"gone.jsonl"')
+    with pytest.raises(UserError, match="data.questions = 'gone.jsonl': no such file"):
+        Study.open("toy.toml").prompts()
 
 
 def test_code_rows_and_a_sample_of_them(toy):

@@ -1,0 +1,97 @@
+"""Any decoder-only checkpoint: saved as its user would, named in a profile, through the study to decoded text."""
+
+import json
+
+import pytest
+import torch
+import toys
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
+
+from psnb import data, decode
+from psnb.errors import UserError
+from psnb.study import Study
+
+PROFILE = """
+title = "toy"
+device = "cpu"
+[data]
+source = "chats.jsonl"
+length = 96
+prompts_per_family = 2
+max_prompt_tokens = 80
+{data}
+[target]
+path = "model"
+{target}
+[drafters.eagle-ps]
+kind = "eagle-ps"
+k = 3
+train = {{ steps = 3, rows = 4, log_every = 1 }}
+"""
+
+
+@pytest.fixture
+def project(toy):
+    """Chats, and the tokenizer of a model that is still to be saved."""
+    chats = [[f"What is {i} + {j}?", f"It is {i + j}, the sum of {i} and {j}."] for i in range(8) for j in range(8)]
+    text = [
+        json.dumps({"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), chat)]})
+        for chat in chats
+    ]
+    (toy / "chats.jsonl").write_text("\n".join(text))
+    tokenizer = data.train_tokenizer([t for chat in chats for t in chat], 300)
+    tokenizer.chat_template = data.CHAT_TEMPLATE
+    return toy, tokenizer
+
+
+def save(project, cls, template=True, vocab=300, **changes):
+    folder, tokenizer = project
+    torch.manual_seed(0)
+    config = toys.config(cls, vocab_size=vocab, eos_token_id=0, head_dim=8, **changes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+    if not template:
+        tokenizer.chat_template = None
+    tokenizer.save_pretrained(folder / "model")
+
+
+def study(project, data="", target=""):
+    (project[0] / "mine.toml").write_text(PROFILE.format(data=data, target=target))
+    return Study.open("mine.toml")
+
+
+@pytest.mark.parametrize("cls", [LlamaConfig, Qwen2Config, MistralConfig])
+@pytest.mark.parametrize("responses", ["corpus", "target"])
+def test_from_a_folder_to_decoded_text(project, cls, responses):
+    save(project, cls)
+    made = study(project, f'responses = "{responses}"\nresponse_temperature = 1.0')
+    target, drafter = made.target(), made.drafter("eagle-ps")
+    assert target.model.config.model_type == cls.model_type
+    assert made.training().step.max() == 3
+    [prompt] = made.prompts().to_pandas().input_ids[:1]
+    settings = decode.Settings(k=3, temperature=0.7, max_new_tokens=12)
+    plain = decode.autoregressive(target, prompt.tolist(), settings)
+    assert decode.speculative(target, drafter, prompt.tolist(), settings).tokens == plain.tokens
+    if responses == "target":
+        facts = made.made("responses-train")
+        assert facts["written"] > 1000 and facts["rows"] > 10
+        assert Study.open("mine.toml").ready("eagle-ps")
+        assert not study(project).ready("eagle-ps")  # the corpus's own words are another training
+
+
+def test_what_cannot_be_served_is_refused_before_any_training(project):
+    save(project, Gemma2Config)
+    with pytest.raises(UserError, match="caps its logits"):
+        study(project).drafter("eagle-ps")
+    save(project, LlamaConfig, vocab=290)
+    with pytest.raises(UserError, match="its tokenizer has 300 tokens, the model 290"):
+        study(project).drafter("eagle-ps")
+    save(project, MistralConfig, sliding_window=64)
+    with pytest.raises(UserError, match="data.length = 96, but the target's context has 64"):
+        study(project).drafter("eagle-ps")
+    save(project, LlamaConfig, template=False)
+    with pytest.raises(UserError, match="no chat template: give the profile the one"):
+        study(project).drafter("eagle-ps")
+    template = json.dumps(data.CHAT_TEMPLATE)
+    study(project, target=f"chat_template = {template}").drafter("eagle-ps")
+    with pytest.raises(UserError, match="responses 'targt'; did you mean target"):
+        study(project, 'responses = "targt"')
