@@ -136,9 +136,7 @@ def check(target: Target, prompt: Sequence[int], settings: Settings, drafter: Dr
     if drafter is None:
         return
     if settings.rule == "block" and settings.tree != "chain":
-        raise UserError(
-            f"block verification is for chains, not for a {settings.tree} tree: choose coupled or rejection"
-        )
+        raise UserError(f"block verification is for chains, not {settings.tree} trees: choose coupled or rejection")
     wrong = "dynamic" if drafter.one_pass else "best_first"
     if settings.tree == wrong:
         cure = "best_first" if drafter.one_pass else "dynamic"

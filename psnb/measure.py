@@ -142,9 +142,9 @@ def run(
 ) -> pd.DataFrame:
     """Generate with every arm x temperature on every prompt: one row a generation.
 
-    At T = 0 all rules are one, so of arms that differ in it alone the first runs. Arms are interleaved prompt by prompt, in an order that
-    rotates, and share one seed a (prompt, repeat). The first repeat covers all prompts, later ones the first
-    `repeat_prompts` of each family (0: all); `hf_generate` runs on those prompts alone, in every repeat.
+    At T = 0 all rules are one, so of arms that differ in it alone the first runs. Arms are interleaved prompt by
+    prompt, in an order that rotates, and share one seed a (prompt, repeat). The first repeat covers all prompts, later
+    ones the first `repeat_prompts` of each family (0: all); `hf_generate` runs on those alone, in every repeat.
     """
     greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
@@ -304,8 +304,9 @@ def gap(target: Target, prefix: Sequence[int], settings: Settings) -> float:
 def lossless(runs: pd.DataFrame, target: Target, prompts: Dataset, stage: str) -> pd.DataFrame:
     """Compare every drafter's output with plain decoding's, token for token: counts in the columns of summary.csv.
 
-    For `greedy` and `coupled` verification: the other rules promise the distribution, not the tokens. A difference where the two best scores lie within TIE is a numeric tie, any other a mismatch; what follows a
-    difference is not compared.
+    For `greedy` and `coupled` verification: the other rules promise the distribution, not the tokens. A difference
+    where the two best scores lie within TIE is a numeric tie, any other a mismatch; what follows a difference is not
+    compared.
     """
     prompt_ids = {record["id"]: list(record["input_ids"]) for record in prompts}
     same = ["prompt", "repeat", "temperature"]
@@ -377,8 +378,8 @@ def draft_times(
 def cost_model(rows: pd.DataFrame) -> pd.DataFrame:
     """speedup = tokens_per_step * t_plain / (t_draft + t_verify + t_rest), beside the measured one.
 
-    rows: summary.csv's, of one stage, task `all`. Returns method, tree, k, nodes, temperature, tokens_per_step, plain_ms, draft_ms,
-    verify_ms, rest_ms, measured, predicted.
+    rows: summary.csv's, of one stage, task `all`. Returns method, tree, k, nodes, temperature, tokens_per_step,
+    plain_ms, draft_ms, verify_ms, rest_ms, measured, predicted.
     """
     rows = rows[rows["task"] == "all"]
     shape = ["method", "tree", "k", "nodes", "temperature"]

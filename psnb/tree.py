@@ -179,7 +179,7 @@ class Plan:
         self.levels = self._levels() if self.shape else []
 
     def _levels(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of a fixed shape, by level: its nodes' (parents among the rows expanded above, ranks), and which are expanded."""
+        """By level of a fixed shape: its nodes' parents among the rows expanded above, ranks, and who is expanded."""
         shape, expanded, made = self.shape, [0], []
         rows = torch.arange(1, self.nodes + 1)
         for depth in range(1, self.k + 1):

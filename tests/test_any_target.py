@@ -35,7 +35,7 @@ def project(toy):
     """Chats, and the tokenizer of a model that is still to be saved."""
     chats = [[f"What is {i} + {j}?", f"It is {i + j}, the sum of {i} and {j}."] for i in range(8) for j in range(8)]
     text = [
-        json.dumps({"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), chat)]})
+        json.dumps({"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), chat, strict=False)]})
         for chat in chats
     ]
     (toy / "chats.jsonl").write_text("\n".join(text))

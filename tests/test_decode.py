@@ -12,6 +12,7 @@ from psnb.cache import KVCache
 from psnb.decode import Generation, Settings, Stops
 from psnb.drafters.base import Drafter
 from psnb.errors import UserError
+from psnb.tree import Tree
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -63,12 +64,12 @@ class Oracle(Drafter):
         super().__init__(spec, target)
         self.tokens, self.wrong_at, self.at = tokens, wrong_at, 0
 
-    def draft(self, features, next_ids, k, choose, cache):
+    def draft(self, features, next_ids, plan, choose, cache):
         self.at += next_ids.shape[1]  # what was accepted since the last draft, and the target's own token
-        ids = [
-            t if i < self.wrong_at else (t + 1) % toys.VOCAB for i, t in enumerate(self.tokens[self.at : self.at + k])
-        ]
-        return torch.tensor(ids + [toys.VOCAB - 1] * (k - len(ids)))
+        ids = self.tokens[self.at : self.at + plan.k]
+        ids = [t if i < self.wrong_at else (t + 1) % toys.VOCAB for i, t in enumerate(ids)]
+        tokens = torch.tensor(ids + [toys.VOCAB - 1] * (plan.k - len(ids)))
+        return Tree(tokens, plan.shape, None, plan.shape.depth - 1)
 
 
 @pytest.mark.parametrize("sharpen", [0.3, 1.0, 4.0])

@@ -11,6 +11,7 @@ from psnb import drafters, groups, train
 from psnb.cache import KVCache
 from psnb.errors import UserError
 from psnb.target import as_batch
+from psnb.tree import Candidates, Plan
 
 KINDS = list(drafters.KINDS)
 
@@ -24,13 +25,17 @@ def decoded_logits(drafter, features, ids, anchor, k):
     """Logits of all k slots as decoding makes them, with row `anchor` as the newest real row."""
     cache, seen = KVCache(max(1, drafter.spec.layers), 64), []
 
-    def choose(logits, slot):
+    def choose(logits, slots):
         seen.append(logits)
-        return logits.argmax(-1)
+        best = logits.argmax(-1, keepdim=True)
+        return Candidates(best, best, None)
 
     if anchor:
         drafter.prefill(features[:, :anchor], ids[:, 1 : anchor + 1], cache)
-    tokens = drafter.draft(features[:, anchor : anchor + 1], ids[:, anchor + 1 : anchor + 2], k, choose, cache)
+    plan = Plan("chain", k, k, drafter.target.vocab_size)
+    tokens = drafter.draft(
+        features[:, anchor : anchor + 1], ids[:, anchor + 1 : anchor + 2], plan, choose, cache
+    ).tokens
     assert cache.length == (0 if drafter.spec.kind == "medusa" else anchor + 1)  # the real rows and nothing else
     return torch.cat(seen), tokens
 
