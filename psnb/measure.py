@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
-from psnb import manifest
+from psnb import decode, manifest
 from psnb.cache import KVCache
 from psnb.decode import Generation, Sampler, Settings, Stops, autoregressive, speculative
 from psnb.drafters import Drafter
@@ -22,6 +22,7 @@ from psnb.errors import UserError
 from psnb.profile import nearest
 from psnb.target import Target
 from psnb.tree import Candidates, Plan
+from psnb.verify import Noise, coupled_acceptance, coupled_bounds, perturb, warp
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -301,37 +302,107 @@ def gap(target: Target, prefix: Sequence[int], settings: Settings) -> float:
     return (best[0] - best[1]).item()
 
 
-def lossless(runs: pd.DataFrame, target: Target, prompts: Dataset, stage: str) -> pd.DataFrame:
-    """Compare every drafter's output with plain decoding's, token for token: counts in the columns of summary.csv.
+def against_plain(runs: pd.DataFrame, target: Target, prompts: Sequence[Any]) -> pd.DataFrame:
+    """Every drafted generation beside plain decoding's, token for token: the arm's columns, temperature, prompt,
+    compared (tokens up to the first difference), differs, gap (of the two best scores there; see `gap`).
 
-    For `greedy` and `coupled` verification: the other rules promise the distribution, not the tokens. A difference
-    where the two best scores lie within TIE is a numeric tie, any other a mismatch; what follows a difference is not
-    compared.
+    For `greedy` and `coupled` verification: the other rules promise the distribution, not the tokens.
     """
     prompt_ids = {record["id"]: list(record["input_ids"]) for record in prompts}
     same = ["prompt", "repeat", "temperature"]
     plain = runs[runs["method"] == "plain"].set_index(same)["output"]
-    rows: list[dict[str, object]] = []
     drafted = runs[~runs["method"].isin(BASELINES) & ((runs["rule"] == "coupled") | (runs["temperature"] == 0))]
-    for (*arm, temperature), part in drafted.groupby([*ARM, "temperature"], sort=False):
-        compared = ties = mismatches = 0
-        for line in part.itertuples():
-            ours = [int(t) for t in line.output.split()]
-            theirs = [int(t) for t in plain[line.prompt, line.repeat, line.temperature].split()]
-            differ = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b]
-            at = differ[0] if differ else min(len(ours), len(theirs))
-            compared += at
-            if differ:
-                settings = Settings(temperature=temperature, seed=line.seed)
-                tie = gap(target, prompt_ids[line.prompt] + ours[:at], settings) < TIE
-                ties, mismatches = ties + tie, mismatches + (not tie)
-            elif len(ours) != len(theirs):
-                mismatches += 1
+    rows = []
+    for line in drafted.to_dict("records"):
+        ours = [int(t) for t in line["output"].split()]
+        theirs = [int(t) for t in plain[tuple(line[name] for name in same)].split()]
+        at = next(
+            (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+        )
+        differs, wide = len(ours) != len(theirs) or at < len(ours), np.nan
+        if at < min(len(ours), len(theirs)):
+            settings = Settings(temperature=line["temperature"], seed=line["seed"])
+            wide = gap(target, prompt_ids[line["prompt"]] + ours[:at], settings)
+        kept = {name: line[name] for name in (*ARM, "temperature", "prompt")}
+        rows.append({**kept, "compared": at, "differs": differs, "gap": wide})
+    return pd.DataFrame(rows)
+
+
+def lossless(runs: pd.DataFrame, target: Target, prompts: Sequence[Any], stage: str) -> pd.DataFrame:
+    """Counts of `against_plain` in the columns of summary.csv, by arm and temperature.
+
+    A difference where the two best scores lie within TIE is a numeric tie, any other a mismatch; what follows a
+    difference is not compared.
+    """
+    rows: list[dict[str, object]] = []
+    for (*arm, temperature), part in against_plain(runs, target, prompts).groupby([*ARM, "temperature"], sort=False):
+        ties = int((part["differs"] & (part["gap"] < TIE)).sum())
         kind = "greedy_mismatches" if temperature == 0 else "coupled_mismatches"
-        for metric, value in ((kind, mismatches), ("numeric_ties", ties), ("tokens_compared", compared)):
+        counts = {kind: int(part["differs"].sum()) - ties, "numeric_ties": ties, "tokens_compared": part.compared.sum()}
+        for metric, value in counts.items():
             unit = "tokens" if metric == "tokens_compared" else "count"
             rows.append(_row(stage, arm, temperature, metric, value, part["prompt"].nunique(), unit))
     return pd.DataFrame(rows, columns=COLUMNS)
+
+
+@torch.inference_mode()
+def coupling(target: Target, drafter: Drafter, texts: Sequence[Sequence[int]], temperature: float) -> pd.DataFrame:
+    """Slot 0 of a drafter with real rows on given texts: a row a position.
+
+    Columns coupled (the formula of verify.coupled_acceptance), measured (whether target and drafter choose the same
+    token with the same noise), rejection (1 - TV), low (its bound (1 - TV) / (1 + TV)).
+    """
+    parts = []
+    for seed, text in enumerate(texts):
+        ids = torch.tensor([list(text)], device=target.device)
+        places = torch.arange(ids.shape[1], device=target.device)[None]
+        features = target.features(ids, places, None, taps=drafter.spec.taps)
+        cache = KVCache(drafter.spec.layers, ids.shape[1])
+        rows = drafter.body.extend(drafter.fuse(features[:, :-1], ids[:, 1:]), cache)  # row t drafts x_{t+2}
+        scores = [target.logits(features[0, 1:]), drafter.logits(rows[0], 0)]
+        p, q = (warp(score, temperature).softmax(-1) for score in scores)
+        noise = Noise(seed, target.vocab_size, target.dtype, target.device).rows(2, len(p))
+        chosen = [perturb(score, temperature, noise).argmax(-1) for score in scores]
+        low, high = coupled_bounds(p, q)
+        columns = {"coupled": coupled_acceptance(p, q), "measured": (chosen[0] == chosen[1]).float()}
+        parts.append(pd.DataFrame({k: v.tolist() for k, v in {**columns, "rejection": high, "low": low}.items()}))
+    return pd.concat(parts, ignore_index=True)
+
+
+@torch.inference_mode()
+def tree_times(target: Target, k: int, sizes: Sequence[int], context: int = 128, repeats: int = 30) -> pd.DataFrame:
+    """What a best-first tree costs beside the target's pass over it: nodes, build_ms, walk_ms, forward_ms (medians).
+
+    build: from the slots' logits to the tree. walk: from the target's logits to the accepted path.
+    """
+    sampler = Sampler(target, Settings(k=k))
+    cache = KVCache(target.layers, context + max(sizes) + 1)
+    ids = torch.randint(0, target.vocab_size, (context,), device=target.device)
+    features = decode._forward(target, ids, cache)
+    logits, taken = target.logits(features[0, -k:]), []
+    sampler.start = context
+    plans = {n: Plan("best_first", k, n, target.vocab_size, device=target.device) for n in sizes}
+    for turn in range(repeats + 3):
+        for n, plan in plans.items():
+            marks = [time.perf_counter()]
+
+            def mark() -> None:
+                if target.device.type == "cuda":
+                    torch.cuda.synchronize()
+                marks.append(time.perf_counter())  # noqa: B023
+
+            tree = plan(sampler.propose(plan)(logits, slice(0, k)))
+            mark()
+            fed = torch.cat([ids[-1:], tree.tokens])
+            scores = target.logits(decode._forward(target, fed, cache, tree.shape)[0])
+            mark()
+            sampler.verdict(tree, scores, plan)
+            mark()
+            cache.crop(context)
+            if turn >= 3:
+                taken.append((n, *(1e3 * np.diff(marks))))
+    frame = pd.DataFrame(taken, columns=["nodes", "build_ms", "forward_ms", "walk_ms"])
+    return frame.groupby("nodes").median().reset_index()
 
 
 @torch.inference_mode()

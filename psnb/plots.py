@@ -74,16 +74,23 @@ def by_slot(summary: pd.DataFrame, metric: str, **where: Any) -> pd.DataFrame:
 
 
 def with_k(summary: pd.DataFrame) -> pd.DataFrame:
-    """The summary with an integer k, 0 for the baselines, whether it comes from memory or from a file."""
-    return summary.assign(k=pd.to_numeric(summary.k).fillna(0).astype(int))
+    """The summary with integers k and nodes, 0 for the baselines, whether it comes from memory or from a file."""
+    numbers = {name: pd.to_numeric(summary[name]).fillna(0).astype(int) for name in ("k", "nodes")}
+    return summary.assign(**numbers, tree=summary.tree.fillna(""))
 
 
-def at_best_k(summary: pd.DataFrame) -> pd.DataFrame:
-    """Of every method the rows of one draft length: the one with the highest mean speedup over plain decoding."""
-    summary = with_k(summary)
-    speed = pick(summary, "speedup_vs_plain", task="all").groupby(["method", "k"]).value.mean()
-    best = {method: part.idxmax()[1] for method, part in speed.groupby("method")}
-    return summary[summary.k == summary.method.map(best).fillna(summary.k)]
+def shape_name(k: int, tree: str, nodes: int) -> str:
+    """How a draft is laid out, in words: k = 4, or best_first 16 (k = 8)."""
+    return "" if not k else f"k = {k}" if tree in ("", "chain") else f"{tree} {nodes} (k = {k})"
+
+
+def at_best(summary: pd.DataFrame) -> pd.DataFrame:
+    """Of every method the rows of one draft shape: the one with the highest mean speedup over plain decoding."""
+    summary, shape = with_k(summary), ["tree", "k", "nodes"]
+    speed = pick(summary, "speedup_vs_plain", task="all").groupby(["method", *shape]).value.mean()
+    best = {method: part.idxmax()[1:] for method, part in speed.groupby("method")}
+    own = zip(summary.method, summary.tree, summary.k, summary.nodes, strict=True)
+    return summary[[best.get(method, tuple(rest)) == tuple(rest) for method, *rest in own]]
 
 
 def order(methods: Iterable[str]) -> list[str]:
@@ -310,12 +317,12 @@ def against_k(summary: pd.DataFrame, model: pd.DataFrame | None = None, **where:
     """tokens_per_step and speedup against k with intervals; `model` (method, k, predicted) is drawn as broad lines."""
     figure, axes = _axes(2, width=4.6)
     for ax, metric in zip(axes[0], ("tokens_per_step", "speedup_vs_plain"), strict=False):
-        rows = with_k(pick(summary, metric, **where)).query("k > 0")
+        rows = with_k(pick(summary, metric, tree="chain", **where))
         _lines(ax, rows, "k", "value")
         ax.set(xlabel="draft length k", ylabel=LABELS[metric])
         ax.axhline(1, color="#4d4d4d", lw=1, ls=":")
         if metric == "speedup_vs_plain" and model is not None:
-            for method, part in model.groupby("method"):
+            for method, part in pick(model, tree="chain").groupby("method"):
                 colour = _style([method])[method][0]
                 ax.plot(part.k, part.predicted, color=colour, lw=4, alpha=0.3, label=f"{method}: model")
         ax.legend(title="")
@@ -323,9 +330,80 @@ def against_k(summary: pd.DataFrame, model: pd.DataFrame | None = None, **where:
 
 
 @_themed
+def against_nodes(summary: pd.DataFrame, **where: Any) -> Figure:
+    """tokens_per_step and speedup against the nodes of a draft: trees with intervals, chains (k nodes) dotted."""
+    figure, axes = _axes(2, width=4.6)
+    for ax, metric in zip(axes[0], ("tokens_per_step", "speedup_vs_plain"), strict=False):
+        rows = with_k(pick(summary, metric, **where))
+        rows = rows[rows.k > 0]
+        _lines(ax, rows[rows.tree != "chain"], "nodes", "value")
+        for method, part in rows[rows.tree == "chain"].groupby("method"):
+            ax.plot(part.nodes, part.value, color=_style([method])[method][0], ls=":", label=f"{method}: chain")
+        ax.set(xlabel="drafted nodes N", ylabel=LABELS[metric])
+        ax.axhline(1, color="#4d4d4d", lw=1, ls=":")
+        ax.legend(title="", fontsize=8)
+    return figure
+
+
+@_themed
+def tree_kinds(summary: pd.DataFrame, **where: Any) -> Figure:
+    """tokens_per_step against N, a panel a drafter: its own tree, the static tree, and its chain (k nodes)."""
+    rows = with_k(pick(summary, "tokens_per_step", **where))
+    rows = rows[rows.k > 0]
+    methods = order(rows.method)
+    figure, axes = _axes(len(methods), width=max(2.8, 11 / max(len(methods), 1)), height=3.4, sharey=True)
+    for ax, method in zip(axes[0], methods, strict=False):
+        part = rows[rows.method == method]
+        _lines(ax, part.assign(method=part.tree).sort_values("nodes"), "nodes", "value")
+        ax.set(title=method, xlabel="drafted nodes N", ylabel=LABELS["tokens_per_step"] if ax is axes[0, 0] else "")
+        ax.legend(title="", fontsize=8)
+    return figure
+
+
+@_themed
+def draft_tree(one: decode.Round, tokenizer: Any) -> Figure:
+    """A draft tree as it was verified: a column a slot, accepted nodes and the way to them dark."""
+    parent, deepest = one.parent, {0: 0}
+    children: dict[int, list[int]] = {}
+    for node, above in enumerate(parent, start=1):
+        children.setdefault(above, []).append(node)
+        deepest[node] = deepest[above] + 1
+    place: dict[int, float] = {}
+
+    def put(row: int, top: float) -> float:
+        """Leaves take a line each, a parent stands beside its first child; returns the next free line."""
+        below = top
+        for child in children.get(row, []):
+            below = put(child, below)
+        place[row] = top
+        return max(below, top + 1)
+
+    lines = put(0, 0.0)
+    figure, axes = _axes(1, width=1.6 * (max(deepest.values()) + 1), height=0.27 * lines + 0.6)
+    ax = axes[0, 0]
+    for row in place:
+        dark = row in one.path
+        if row:
+            above = parent[row - 1]
+            ax.plot(
+                [deepest[above], deepest[row]], [place[above], place[row]],
+                color="#08519c" if dark else "#c0c0c0", lw=2 if dark else 1, zorder=1,
+            )  # fmt: skip
+        text = repr(tokenizer.decode([one.drafted[row - 1]]))[1:-1] if row else "root"
+        look = {"boxstyle": "round,pad=0.25", "fc": "#08519c" if dark else "#ffffff", "ec": "#808080", "lw": 0.6}
+        ax.text(
+            deepest[row], place[row], text.replace("$", r"\$"), ha="center", va="center", fontsize=8,
+            color="white" if dark else "black", bbox=look, zorder=2,
+        )  # fmt: skip
+    ax.set(xlim=(-0.5, max(deepest.values()) + 0.5), ylim=(lines - 0.4, -0.6))
+    ax.set_axis_off()
+    return figure
+
+
+@_themed
 def speedups(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
     """One bar a method (at its best k) and temperature, over the whole prompt set, with 95 % intervals."""
-    rows = pick(at_best_k(summary), metric, task="all").sort_values("temperature")
+    rows = pick(at_best(summary), metric, task="all").sort_values("temperature")
     rows = rows[rows.method != "plain"].assign(at=lambda r: r.temperature.map("T = {:g}".format))
     figure, axes = _axes(1, width=8, height=3.8)
     _bars(axes[0, 0], rows, "at", "value")
@@ -338,7 +416,7 @@ def speedups(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
 @_themed
 def per_task(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
     """One panel a temperature: a bar a method (at its best k) and task family."""
-    rows = pick(at_best_k(summary), metric)
+    rows = pick(at_best(summary), metric)
     rows = rows[(rows.task != "all") & ~rows.method.isin(BASELINES)]
     temperatures = sorted(rows.temperature.unique())
     figure, axes = _axes(1, rows=len(temperatures) or 1, width=9, height=2.5, sharex=True, sharey=True)
@@ -355,16 +433,16 @@ def per_task(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
 
 @_themed
 def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
-    """What one round costs, in milliseconds by part, and how many tokens it yields; one bar a method."""
-    summary = with_k(summary)
+    """What one round costs, in milliseconds by part, and how many tokens it yields; one bar a method and shape."""
+    summary, shape = with_k(summary), ["method", "k", "tree", "nodes"]
     rows = pick(summary, list(PARTS), task="all", temperature=temperature)
-    table = rows.assign(part=rows.metric.map(PARTS)).pivot_table(index=["method", "k"], columns="part", values="value")
+    table = rows.assign(part=rows.metric.map(PARTS)).pivot_table(index=shape, columns="part", values="value")
     table = table.reindex(columns=[p for p in PARTS.values() if p in table]).fillna(0.0)
     table = table.loc[[i for m in order(table.index.get_level_values(0)) for i in table.index if i[0] == m]]
-    tokens = pick(summary, "tokens_per_step", task="all", temperature=temperature).set_index(["method", "k"]).value
+    tokens = pick(summary, "tokens_per_step", task="all", temperature=temperature).set_index(shape).value
     figure, axes = _axes(1, width=8, height=0.45 * len(table) + 1.3)
     ax, left = axes[0, 0], np.zeros(len(table))
-    names = [m if m in BASELINES else f"{m}, k = {k}" for m, k in table.index]
+    names = [m if m in BASELINES else f"{m}, {shape_name(*rest)}" for m, *rest in table.index]
     for part in table:
         colour, hatch = PART_STYLES[part]
         ax.barh(names, table[part], left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=part)

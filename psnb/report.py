@@ -24,9 +24,9 @@ from pygments.formatters import HtmlFormatter
 from psnb import manifest
 from psnb.errors import UserError
 from psnb.measure import COLUMNS
-from psnb.plots import at_best_k, order, pick, with_k
+from psnb.plots import at_best, order, pick, shape_name, with_k
 
-SPEEDUP, DRAFT_TIMES = "04_speedup", "03_draft_times"  # stages of summary.csv
+SPEEDUP, DRAFT_TIMES, LOSSLESS = "04_speedup", "03_draft_times", "05_losslessness"  # stages of summary.csv
 MIDDLE = 0.7  # the temperature at which the study states its main numbers
 SIBLINGS = {"eagle-ps": "eagle", "medusa-ps": "medusa"}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -54,8 +54,8 @@ def ratio(above: float | None, below: float | None) -> float | None:
 
 
 def best(summary: pd.DataFrame, temperature: float = MIDDLE) -> pd.DataFrame:
-    """The whole-set rows of the speedup notebook at one temperature, each method at its best draft length there."""
-    return at_best_k(pick(summary, stage=SPEEDUP, task="all", temperature=temperature))
+    """The whole-set rows of the speedup notebook at one temperature, each method at its best draft shape there."""
+    return at_best(pick(summary, stage=SPEEDUP, task="all", temperature=temperature))
 
 
 def _spread(row: pd.Series) -> str:
@@ -63,14 +63,14 @@ def _spread(row: pd.Series) -> str:
 
 
 def headline(summary: pd.DataFrame) -> pd.DataFrame:
-    """One row a method at its best draft length: tokens per step, tokens/s, speedup a temperature with its interval."""
-    rows = at_best_k(pick(summary, stage=SPEEDUP, task="all"))
+    """One row a method at its best draft shape: tokens per step, tokens/s, speedup a temperature with its interval."""
+    rows = at_best(pick(summary, stage=SPEEDUP, task="all"))
     temperatures = sorted(rows.temperature.dropna().unique())
     middle = min(temperatures, key=lambda t: abs(t - MIDDLE), default=MIDDLE)
     table = []
     for method in order(rows.method):
         own = rows[rows.method == method]
-        line: dict[str, Any] = {"method": method, "k": own.k.iloc[0] or ""}
+        line: dict[str, Any] = {"method": method, "draft": shape_name(*own.iloc[0][["k", "tree", "nodes"]])}
         steps = value(own, "tokens_per_step", method, temperature=middle)
         rate = value(own, "tokens_per_second", method, temperature=middle)
         line[f"tokens per step, T = {middle:g}"] = "1.00" if steps is None else f"{steps:.2f}"
@@ -96,7 +96,7 @@ def drafting(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def lossless(summary: pd.DataFrame) -> pd.DataFrame:
-    """Against plain decoding, a row a method and temperature: tokens compared, mismatches, numeric ties."""
+    """Against plain decoding, a row a method, tree and temperature: tokens compared, mismatches, numeric ties."""
     kinds = {
         "tokens_compared": "tokens compared",
         "greedy_mismatches": "mismatches",
@@ -104,7 +104,8 @@ def lossless(summary: pd.DataFrame) -> pd.DataFrame:
     }
     kinds["numeric_ties"] = "numeric ties"
     rows = pick(summary, list(kinds)).assign(count=lambda r: r.metric.map(kinds))
-    table = rows.pivot_table(index=["temperature", "method"], columns="count", values="value", aggfunc="sum")
+    index = ["stage", "temperature", "method", "tree"]
+    table = rows.pivot_table(index=index, columns="count", values="value", aggfunc="sum")
     return table.reindex(columns=dict.fromkeys(kinds.values())).fillna(0).astype(int).reset_index()
 
 
@@ -117,7 +118,7 @@ def goals(summary: pd.DataFrame, k: int = 5) -> pd.DataFrame:
         if len(growth)
         else "longest against shortest k"
     )
-    same_k = pick(with_k(summary), task="all", temperature=MIDDLE, k=k)
+    same_k = pick(with_k(summary), task="all", temperature=MIDDLE, k=k, tree="chain")
 
     def over(rows: pd.DataFrame, metric: str) -> float | None:
         return ratio(*(value(rows, metric, method) for method in ("eagle-ps", "eagle")))
@@ -141,6 +142,7 @@ def goals(summary: pd.DataFrame, k: int = 5) -> pd.DataFrame:
         (f"eagle-ps over eagle, each at its best k, {heat}", "above", 1, over(at, "speedup_vs_plain")),
         (f"slot 0 acceptance, eagle-ps over eagle, k = {k}, {heat}", "at least", 0.97, over(same_k, "accept_cond_0")),
         (f"tokens per step, eagle-ps over eagle, k = {k}, {heat}", "at least", 0.8, over(same_k, "tokens_per_step")),
+        *_tree_goals(summary),
     ):
         met = (
             None
@@ -153,6 +155,58 @@ def goals(summary: pd.DataFrame, k: int = 5) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["goal", "wanted", "measured", "met"])
 
 
+def _tree_goals(summary: pd.DataFrame) -> list[tuple[str, str, float, float | None]]:
+    """Goals of trees and rules: (goal, sign, bound, measured)."""
+    rows = pick(with_k(summary), stage=LOSSLESS, task="all")
+    at = rows[(rows.temperature - MIDDLE).abs() < 0.01]
+
+    def steps(frame: pd.DataFrame, method: str, metric: str = "tokens_per_step", **where: Any) -> float | None:
+        found = pick(frame, metric, method=method, **where).value
+        return None if found.empty else float(found.max())
+
+    chain, best = steps(at, "eagle-ps", tree="chain"), steps(at, "eagle-ps", tree="best_first", nodes=16)
+    static = pick(at, "tokens_per_step", method="eagle-ps", tree="static").set_index("nodes").value
+    own = pick(at, "tokens_per_step", method="eagle-ps", tree="best_first").set_index("nodes").value
+    least = (own / static).dropna()
+    hot, heat = rows[rows.temperature == 1.0], f"T = {MIDDLE:g}"
+    goals: list[tuple[str, str, float, float | None]] = [
+        (f"tokens per step of eagle-ps, best_first 16 over chain, {heat}", "at least", 1.15, ratio(best, chain)),
+        (
+            f"tokens per step of eagle-ps, best_first over static of the same size, the lowest, {heat}",
+            "at least",
+            1,
+            float(least.min()) if len(least) else None,
+        ),
+    ]
+    for method in ("eagle", "eagle-ps"):
+        coupled = steps(hot, method, tree="chain")
+        sampled = steps(hot, method, "rejection_tokens_per_step", tree="chain")
+        goals.append(
+            (
+                f"tokens per step of {method}, coupled chain over rejection, T = 1",
+                "at least",
+                0.88,
+                ratio(coupled, sampled),
+            )
+        )
+        kind = "dynamic" if method == "eagle" else "best_first"
+        chains = [steps(hot, method, f"{rule}tokens_per_step", tree="chain") for rule in ("", "rejection_", "block_")]
+        top = max((x for x in chains if x is not None), default=None)
+        tree = steps(hot, method, tree=kind, nodes=16)
+        goals.append(
+            (
+                f"tokens per step of {method}, coupled tree of 16 over its best chain, T = 1",
+                "above",
+                1,
+                ratio(tree, top),
+            )
+        )
+    costs = pick(rows, ["tree_ms", "forward_ms"], nodes=16).groupby("metric").value.max()
+    share = ratio(costs.get("tree_ms"), costs.get("forward_ms"))
+    goals.append(("building and following a tree of 16 nodes, share of the target's forward", "at most", 0.1, share))
+    return goals
+
+
 def split(summary: pd.DataFrame, method: str, other: str, temperature: float = MIDDLE) -> str:
     """Why one method is faster or slower than another: tokens a round times rounds a second, by part of the round."""
     at = best(summary, temperature)
@@ -163,7 +217,8 @@ def split(summary: pd.DataFrame, method: str, other: str, temperature: float = M
     if speed is None or not all(rounds.values()):
         return ""
     tokens = {m: value(at, "tokens_per_step", m) or 1.0 for m in times}
-    names = {m: m if m == "plain" else f"{m} (k = {at.k[at.method == m].iloc[0]})" for m in times}
+    shapes = at.drop_duplicates("method").set_index("method")[["k", "tree", "nodes"]]
+    names = {m: m if m == "plain" else f"{m} ({shape_name(*shapes.loc[m])})" for m in times}
     costs = [" + ".join(f"{times[m][p]:.2f} {p}" for p in parts if times[m][p] >= 0.005) for m in times]
     return (
         f"{names[method]} runs at {speed:.2f}x the speed of {names[other]} at T = {temperature:g}: a round yields "
@@ -186,6 +241,17 @@ def draft_time_rows(times: pd.DataFrame, stage: str = DRAFT_TIMES) -> pd.DataFra
         tree="chain", nodes=times.k, metric="draft_ms", unit="ms"
     )
     return rows(stage, named.to_dict("records"))
+
+
+def tree_time_rows(times: pd.DataFrame, stage: str = LOSSLESS) -> pd.DataFrame:
+    """What `measure.tree_times` measured, in the columns of summary.csv: tree_ms (build and follow) and forward_ms."""
+    lines = [
+        {"method": "plain", "tree": "best_first", "nodes": line["nodes"], "task": "all", "metric": metric, "unit": "ms"}
+        | {"value": line["build_ms"] + line["walk_ms"] if metric == "tree_ms" else line[metric]}
+        for line in times.to_dict("records")
+        for metric in ("tree_ms", "forward_ms")
+    ]
+    return rows(stage, lines)
 
 
 def training_rows(training: pd.DataFrame, stage: str) -> pd.DataFrame:
@@ -261,7 +327,7 @@ def claims(summary: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
     if len(rows):
         top = rows.iloc[-1]
         against = value(best(summary), "speedup_vs_hf", top.method)
-        text = f"{top.method}, k = {top.k}: {_spread(top)}x plain decoding" + (
+        text = f"{top.method}, {shape_name(top.k, top.tree, top.nodes)}: {_spread(top)}x plain decoding" + (
             f", {against:.2f}x generate" if against else ""
         )
         verdict = "not comparable (another model, other prompts, another machine); shown for orientation"

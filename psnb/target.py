@@ -197,6 +197,34 @@ def heldout_nats(model: nn.Module, rows: Batch, size: int = 16) -> float:
     return (total[0] / total[1]).item()
 
 
+def _llama(spec: TargetSpec, vocab: int, eos: int | None, pad: int | None) -> LlamaConfig:
+    config = LlamaConfig(
+        hidden_size=spec.hidden_size,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        head_dim=spec.hidden_size // spec.heads,
+        intermediate_size=spec.intermediate_size,
+        vocab_size=vocab,
+        max_position_embeddings=spec.context,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=eos,
+        pad_token_id=pad,
+    )
+    config._attn_implementation = "sdpa"
+    return config
+
+
+def untrained(spec: TargetSpec, vocab: int, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> Target:
+    """A Llama of that shape with random weights, float64, whose distributions are far from flat: for proofs."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(_llama(spec, vocab, None, None)).double()
+    for weight in model.parameters():
+        weight.data.mul_(3.0 if weight.ndim > 1 else 1.0)
+    return Target(model, tokenizer)
+
+
 def train(
     spec: TargetSpec,
     tokenizer: PreTrainedTokenizerBase,
@@ -217,21 +245,7 @@ def train(
         raise UserError(
             "the profile's target has neither a path nor a training budget: set target.path or target.train"
         )
-    config = LlamaConfig(
-        hidden_size=spec.hidden_size,
-        num_hidden_layers=spec.layers,
-        num_attention_heads=spec.heads,
-        num_key_value_heads=spec.kv_heads,
-        head_dim=spec.hidden_size // spec.heads,
-        intermediate_size=spec.intermediate_size,
-        vocab_size=len(tokenizer),
-        max_position_embeddings=spec.context,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config._attn_implementation = "sdpa"
+    config = _llama(spec, len(tokenizer), tokenizer.eos_token_id, tokenizer.pad_token_id)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).to(device)
     held, rows = as_batch(held_out), as_batch(rows, device)
