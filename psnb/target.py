@@ -10,7 +10,14 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from psnb import manifest
 from psnb.errors import UserError
@@ -71,10 +78,17 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
     """
     cure = "restore the folder, or train it again"
     try:
+        config = AutoConfig.from_pretrained(str(path))
+        if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            raise UserError(
+                f"target {path} caps its logits (final_logit_softcapping), which drafters do not: use another"
+            )
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except UserError:
+        raise
     except Exception as error:  # transformers raises many kinds; each means "this is not a loadable checkpoint"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"target {path} does not load ({first}); {cure}") from error
@@ -97,8 +111,6 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
 
 @torch.inference_mode()
 def _check_projection(target: Target, path: str) -> None:
-    if getattr(target.config, "final_logit_softcapping", None):  # too small to see in a model's small logits
-        raise UserError(f"target {path}: caps its logits (final_logit_softcapping), which drafters do not; use another")
     ids = torch.arange(4, device=target.device)[None]
     features = target.features(ids, torch.arange(4, device=target.device)[None], None)
     if not torch.allclose(target.logits(features), target.model(input_ids=ids).logits, rtol=1e-2, atol=1e-2):
