@@ -76,7 +76,8 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
     Raises `UserError` for a checkpoint that cannot be read, that lacks or exceeds tensors, that holds NaN, whose
     tokenizer does not fit, or whose logits are not `lm_head` of its last hidden state.
     """
-    cure = "restore the folder, or train it again"
+    there = Path(path).is_dir()
+    cure = "restore the folder, or train it again" if there else "give a folder, or a hub name that can be fetched"
     try:
         config = AutoConfig.from_pretrained(str(path))
         if getattr(config, "final_logit_softcapping", None):  # Gemma 2
@@ -133,9 +134,11 @@ def judged(batch: Batch) -> Tensor:
     return keep & batch["loss_mask"][:, 1:].bool() if "loss_mask" in batch else keep
 
 
-def check_rows(rows: Batch, vocab_size: int) -> None:
-    """Refuse rows whose tokens are not the target's, before any work. Raises `UserError`."""
+def check_rows(rows: Batch, vocab_size: int, context: int) -> None:
+    """Refuse rows that are longer than the context or hold tokens that are not the target's. Raises `UserError`."""
     ids = rows["input_ids"]
+    if (length := ids.shape[1]) > context:
+        raise UserError(f"rows of {length} tokens, but the target's context has {context}: lower data.length")
     if ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise UserError(
             f"the training rows hold token {int(ids.max())}, the target has {vocab_size}: they were made with another "
@@ -207,7 +210,7 @@ def train(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).to(device)
     held, rows = as_batch(held_out), as_batch(rows, device)
-    check_rows(rows, len(tokenizer))
+    check_rows(rows, len(tokenizer), spec.context)
     summed = compiled(lambda batch: token_loss(model, batch), spec.train, device)
 
     def loss(batch: Batch, step: int, tokens: Tensor) -> tuple[Tensor, Metrics]:

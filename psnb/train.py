@@ -176,7 +176,7 @@ def train_drafter(
     if warm_start_from is not None:
         warm_start(drafter, warm_start_from)
     held, rows = as_batch(held_out), as_batch(rows, device)
-    check_rows(rows, target.vocab_size)
+    check_rows(rows, target.vocab_size, target.context)
     n = held["input_ids"].shape[1]
     one_step = compiled(group_loss, budget, device)
     features_of = compiled(teacher, budget, device)

@@ -7,7 +7,7 @@ import torch
 import toys
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from psnb import data, decode, profile
+from psnb import data, decode, profile, runner
 from psnb.errors import UserError
 from psnb.study import Study
 
@@ -95,6 +95,10 @@ def test_vicunas_template_is_fastchats(project):
 
 
 def test_what_cannot_be_served_is_refused_before_any_training(project):
+    with pytest.raises(UserError, match="target model does not load .*a hub name that can be fetched"):
+        study(project).drafter("eagle-ps")
+    with pytest.raises(UserError, match="target.path = 'model' is no folder, and cannot be fetched from the hub"):
+        study(project).ready("eagle-ps")
     save(project, Gemma2Config)
     with pytest.raises(UserError, match="caps its logits"):
         study(project).drafter("eagle-ps")
@@ -102,7 +106,7 @@ def test_what_cannot_be_served_is_refused_before_any_training(project):
     with pytest.raises(UserError, match="its tokenizer has 280 tokens, the model 270"):
         study(project).drafter("eagle-ps")
     save(project, MistralConfig, sliding_window=64)
-    with pytest.raises(UserError, match="data.length = 96, but the target's context has 64"):
+    with pytest.raises(UserError, match="rows of 96 tokens, but the target's context has 64"):
         study(project).drafter("eagle-ps")
     save(project, LlamaConfig, template=False)
     with pytest.raises(UserError, match="no chat template: give the profile the one"):
@@ -111,3 +115,18 @@ def test_what_cannot_be_served_is_refused_before_any_training(project):
     study(project, target=f"chat_template = {template}").drafter("eagle-ps")
     with pytest.raises(UserError, match="responses 'targt'; did you mean target"):
         study(project, 'responses = "targt"')
+
+
+def test_train_refuses_and_hands_on_what_its_processes_refuse(project):
+    save(project, LlamaConfig)
+    study(project)
+    with pytest.raises(UserError, match="--stage eagel: no model that this profile trains; did you mean eagle-ps"):
+        runner.train("mine.toml", "eagel")
+    with pytest.raises(UserError, match="--processes 0"):
+        runner.train("mine.toml", "eagle-ps", 0)
+    (project[0] / "mine.toml").write_text((project[0] / "mine.toml").read_text().replace("rows = 4", "rows = 3"))
+    with pytest.raises(UserError, match=r"^train.rows = 3 cannot be cut evenly in 2 process"):
+        runner.train("mine.toml", "eagle-ps", 2)
+    assert not Study.open("mine.toml").checkpoint("eagle-ps").exists()
+    assert runner.train("mine.toml", "eagle-ps") == Study.open("mine.toml").checkpoint("eagle-ps")
+    assert Study.open("mine.toml").ready("eagle-ps")
