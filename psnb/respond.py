@@ -124,12 +124,10 @@ def respond(
     UserError for rows that are not the target's, that are longer than its context, or that leave nothing to write.
     """
     batch = as_batch(rows)
-    check_rows(batch, target.vocab_size)
+    check_rows(batch, target.vocab_size, target.context)
     ids, document = batch["input_ids"].numpy(), batch["document"].numpy()
     masks = batch["loss_mask"].numpy() if "loss_mask" in batch else [None] * len(ids)
     length = ids.shape[1]
-    if length > target.context:
-        raise UserError(f"rows of {length} tokens, but the target's context has {target.context}: lower data.length")
     prompts = [
         ids[r, begin:end].tolist()
         for r in range(len(ids))

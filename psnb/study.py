@@ -495,7 +495,17 @@ class Study:
         if "target_id" not in self._loaded:
             from transformers import AutoConfig
 
-            own = digest(_weights(Path(path))) if Path(path).is_dir() else AutoConfig.from_pretrained(path)._commit_hash
+            try:
+                own = (
+                    digest(_weights(Path(path)))
+                    if Path(path).is_dir()
+                    else AutoConfig.from_pretrained(path)._commit_hash
+                )
+            except (OSError, ValueError) as error:
+                why = str(error).strip().splitlines()[0]
+                raise UserError(
+                    f"target.path = {path!r} is no folder, and cannot be fetched from the hub: {why}"
+                ) from error
             self._loaded["target_id"] = f"{path}@{own}"
         return self._loaded["target_id"]
 
@@ -560,11 +570,6 @@ class Study:
         if name == "target":
             target.train(spec, self.tokenizer(), *self._training_rows(), folder, **how)
             return
-        if (length := self.profile.data.length) > self.target().context:
-            raise UserError(
-                f"profile {self.profile.name}: data.length = {length}, but the target's context has "
-                f"{self.target().context}: lower data.length"
-            )
         if spec.warm_start:
             how["warm_start_from"] = self.checkpoint(spec.warm_start)
         train_drafter(spec, self.target(), *self._training_rows(name), folder, **how)

@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from psnb import manifest
 from psnb.errors import UserError
@@ -97,12 +104,20 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
     Raises `UserError` for a checkpoint that cannot be read, that lacks or exceeds tensors, that holds NaN, whose
     tokenizer does not fit, or whose logits are not `lm_head` of its last hidden state.
     """
-    cure = "restore the folder, or train it again"
+    there = Path(path).is_dir()
+    cure = "restore the folder, or train it again" if there else "give a folder, or a hub name that can be fetched"
     try:
+        config = AutoConfig.from_pretrained(str(path))
+        if getattr(config, "final_logit_softcapping", None):  # Gemma 2
+            raise UserError(
+                f"target {path} caps its logits (final_logit_softcapping), which drafters do not: use another"
+            )
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path), dtype=dtype, attn_implementation="sdpa", output_loading_info=True
         )
         tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except UserError:
+        raise
     except Exception as error:  # transformers raises many kinds; each means "this is not a loadable checkpoint"
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"target {path} does not load ({first}); {cure}") from error
@@ -125,8 +140,6 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
 
 @torch.inference_mode()
 def _check_projection(target: Target, path: str) -> None:
-    if getattr(target.config, "final_logit_softcapping", None):  # too small to see in a model's small logits
-        raise UserError(f"target {path}: caps its logits (final_logit_softcapping), which drafters do not; use another")
     ids = torch.arange(4, device=target.device)[None]
     features = target.features(ids, torch.arange(4, device=target.device)[None], None)
     if not torch.allclose(target.logits(features), target.model(input_ids=ids).logits, rtol=1e-2, atol=1e-2):
@@ -149,15 +162,17 @@ def judged(batch: Batch, ahead: int = 1) -> Tensor:
     return keep & batch["loss_mask"][:, ahead:].bool() if "loss_mask" in batch else keep
 
 
-def check_rows(rows: Batch, vocab_size: int, ahead: int = 1) -> None:
+def check_rows(rows: Batch, vocab_size: int, context: int, ahead: int = 1) -> None:
     """Refuse rows [R, n] from which nothing can be learned `ahead` places before, or of another vocabulary.
 
-    Raises `UserError` for empty rows, documents of `ahead` tokens at most, a loss mask that selects nothing, and
+    Raises `UserError` for empty rows, rows longer than the context, documents of `ahead` tokens at most, a loss mask that selects nothing, and
     tokens that are not the target's.
     """
     ids = rows["input_ids"]
     if not ids.numel():
         raise UserError("the training rows are empty: give the profile more text (data.packages, data.source)")
+    if (length := ids.shape[1]) > context:
+        raise UserError(f"rows of {length} tokens, but the target's context has {context}: lower data.length")
     if not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
         raise UserError(
             f"the training rows hold token {int(ids.max())}, the target has {vocab_size}: they were made with another "
@@ -249,7 +264,7 @@ def train(
     torch.manual_seed(seed)
     model = LlamaForCausalLM(config).to(device)
     held, rows = as_batch(held_out), as_batch(rows, device)
-    check_rows(rows, len(tokenizer))
+    check_rows(rows, len(tokenizer), spec.context)
     summed = compiled(lambda batch: token_loss(model, batch), spec.train, device)
 
     def loss(batch: Batch, step: int, tokens: Tensor) -> tuple[Tensor, Metrics]:

@@ -360,7 +360,7 @@ def train_drafter(
         raise UserError(f"drafter {spec.kind}: the profile gives no training budget (drafters.*.train)")
     budget = spec.train if steps is None else dataclasses.replace(spec.train, steps=steps)
     held, rows = as_batch(held_out), as_batch(rows, device)
-    check_rows(rows, target.vocab_size, ahead=2)
+    check_rows(rows, target.vocab_size, target.context, ahead=2)
     torch.manual_seed(seed)
     drafter = drafters.build(spec, target)
     if warm_start_from is not None:

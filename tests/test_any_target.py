@@ -7,7 +7,7 @@ import torch
 import toys
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from psnb import data, decode
+from psnb import data, decode, profile, runner
 from psnb.errors import UserError
 from psnb.study import Study
 
@@ -35,22 +35,23 @@ def project(toy):
     """Chats, and the tokenizer of a model that is still to be saved."""
     chats = [[f"What is {i} + {j}?", f"It is {i + j}, the sum of {i} and {j}."] for i in range(8) for j in range(8)]
     text = [
-        json.dumps({"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), chat, strict=False)]})
+        json.dumps({"messages": [{"role": r, "content": c} for r, c in zip(("user", "assistant"), chat, strict=True)]})
         for chat in chats
     ]
     (toy / "chats.jsonl").write_text("\n".join(text))
-    tokenizer = data.train_tokenizer([t for chat in chats for t in chat], 300)
+    tokenizer = data.train_tokenizer([t for chat in chats for t in chat], 280)
     tokenizer.chat_template = data.CHAT_TEMPLATE
     return toy, tokenizer
 
 
-def save(project, cls, template=True, vocab=300, **changes):
+def save(project, cls, template=True, vocab=280, **changes):
     folder, tokenizer = project
     torch.manual_seed(0)
     config = toys.config(cls, vocab_size=vocab, eos_token_id=0, head_dim=8, **changes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     if not template:
         tokenizer.chat_template = None
+        (folder / "model" / "chat_template.jinja").unlink(missing_ok=True)  # of an earlier save
     tokenizer.save_pretrained(folder / "model")
 
 
@@ -78,15 +79,34 @@ def test_from_a_folder_to_decoded_text(project, cls, responses):
         assert not study(project).ready("eagle-ps")  # the corpus's own words are another training
 
 
+def test_vicunas_template_is_fastchats(project):
+    tokenizer = project[1]
+    tokenizer.chat_template = profile.load("hub-vicuna-7b").target.chat_template
+    chat = [
+        {"role": ("user", "assistant")[i % 2], "content": text}
+        for i, text in enumerate(("Hi", "Hello.", "Bye", "Ciao."))
+    ]
+    text = data.render(chat, tokenizer, False)
+    assert text.endswith(
+        "user's questions. USER: Hi ASSISTANT: Hello.<|endoftext|>USER: Bye ASSISTANT: Ciao.<|endoftext|>"
+    )
+    ids, mask = data.chat_tokens(chat, tokenizer)
+    assert "".join(tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])).count("<|endoftext|>") == 2
+
+
 def test_what_cannot_be_served_is_refused_before_any_training(project):
+    with pytest.raises(UserError, match="target model does not load .*a hub name that can be fetched"):
+        study(project).drafter("eagle-ps")
+    with pytest.raises(UserError, match="target.path = 'model' is no folder, and cannot be fetched from the hub"):
+        study(project).ready("eagle-ps")
     save(project, Gemma2Config)
     with pytest.raises(UserError, match="caps its logits"):
         study(project).drafter("eagle-ps")
-    save(project, LlamaConfig, vocab=290)
-    with pytest.raises(UserError, match="its tokenizer has 300 tokens, the model 290"):
+    save(project, LlamaConfig, vocab=270)
+    with pytest.raises(UserError, match="its tokenizer has 280 tokens, the model 270"):
         study(project).drafter("eagle-ps")
     save(project, MistralConfig, sliding_window=64)
-    with pytest.raises(UserError, match="data.length = 96, but the target's context has 64"):
+    with pytest.raises(UserError, match="rows of 96 tokens, but the target's context has 64"):
         study(project).drafter("eagle-ps")
     save(project, LlamaConfig, template=False)
     with pytest.raises(UserError, match="no chat template: give the profile the one"):
@@ -95,3 +115,18 @@ def test_what_cannot_be_served_is_refused_before_any_training(project):
     study(project, target=f"chat_template = {template}").drafter("eagle-ps")
     with pytest.raises(UserError, match="responses 'targt'; did you mean target"):
         study(project, 'responses = "targt"')
+
+
+def test_train_refuses_and_hands_on_what_its_processes_refuse(project):
+    save(project, LlamaConfig)
+    study(project)
+    with pytest.raises(UserError, match="--stage eagel: no model that this profile trains; did you mean eagle-ps"):
+        runner.train("mine.toml", "eagel")
+    with pytest.raises(UserError, match="--processes 0"):
+        runner.train("mine.toml", "eagle-ps", 0)
+    (project[0] / "mine.toml").write_text((project[0] / "mine.toml").read_text().replace("rows = 4", "rows = 3"))
+    with pytest.raises(UserError, match=r"^train.rows = 3 cannot be cut evenly in 2 process"):
+        runner.train("mine.toml", "eagle-ps", 2)
+    assert not Study.open("mine.toml").checkpoint("eagle-ps").exists()
+    assert runner.train("mine.toml", "eagle-ps") == Study.open("mine.toml").checkpoint("eagle-ps")
+    assert Study.open("mine.toml").ready("eagle-ps")

@@ -44,7 +44,7 @@ def made(toy, monkeypatch):
     monkeypatch.setattr(target, "load", lambda path, dtype, device: calls.append("load target") or "the target")
     monkeypatch.setattr(drafters, "load", lambda folder, target: calls.append(f"load {folder.name}") or folder.name)
     monkeypatch.setattr(Study, "tokenizer", lambda self: None)
-    monkeypatch.setattr(Study, "_training_rows", lambda self: (None, None))
+    monkeypatch.setattr(Study, "_training_rows", lambda self, name="target": (None, None))
     return calls
 
 
