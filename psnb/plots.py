@@ -81,7 +81,7 @@ def with_k(summary: pd.DataFrame) -> pd.DataFrame:
 
 def shape_name(k: int, tree: str, nodes: int) -> str:
     """How a draft is laid out, in words: k = 4, or best_first 16 (k = 8)."""
-    return "" if not k else f"k = {k}" if tree in ("", "chain") else f"{tree} {nodes} (k = {k})"
+    return "" if not k else f"k = {k:g}" if tree in ("", "chain") else f"{tree} {nodes:g} (k = {k:g})"
 
 
 def at_best(summary: pd.DataFrame) -> pd.DataFrame:
@@ -90,7 +90,8 @@ def at_best(summary: pd.DataFrame) -> pd.DataFrame:
     speed = pick(summary, "speedup_vs_plain", task="all").groupby(["method", *shape]).value.mean()
     best = {method: part.idxmax()[1:] for method, part in speed.groupby("method")}
     own = zip(summary.method, summary.tree, summary.k, summary.nodes, strict=True)
-    return summary[[best.get(method, tuple(rest)) == tuple(rest) for method, *rest in own]]
+    keep = [best.get(method, tuple(rest)) == tuple(rest) for method, *rest in own]
+    return summary[pd.Series(keep, summary.index, dtype=bool)]
 
 
 def order(methods: Iterable[str]) -> list[str]:

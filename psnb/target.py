@@ -165,8 +165,8 @@ def judged(batch: Batch, ahead: int = 1) -> Tensor:
 def check_rows(rows: Batch, vocab_size: int, context: int, ahead: int = 1) -> None:
     """Refuse rows [R, n] from which nothing can be learned `ahead` places before, or of another vocabulary.
 
-    Raises `UserError` for empty rows, rows longer than the context, documents of `ahead` tokens at most, a loss mask that selects nothing, and
-    tokens that are not the target's.
+    Raises `UserError` for empty rows, rows longer than the context, documents of `ahead` tokens at most, a loss mask
+    that selects nothing, and tokens that are not the target's.
     """
     ids = rows["input_ids"]
     if not ids.numel():

@@ -116,34 +116,40 @@ class BestFirst:
 
     def __init__(self, k: int, nodes: int, width: int, device: torch.device | str = "cpu") -> None:
         self.k, self.nodes = k, nodes
-        self.levels: list[tuple[Tensor, Tensor]] = []  # of each level after the first: (path of the level above, rank)
-        sizes = [min(nodes, width)]
-        for _ in range(1, k):
+        sizes = [min(nodes, width)]  # kept of each level
+        self.levels: list[Tensor] = []  # of each later level's pairs: the path of the level above
+        slot, rank, above = [0] * sizes[0], list(range(sizes[0])), [-1] * sizes[0]  # of all pairs, level by level
+        starts = [0, sizes[0]]
+        for level in range(1, k):
             pairs = [(i, r) for i in range(sizes[-1]) for r in range(width) if (i + 1) * (r + 1) <= nodes]
-            self.levels.append(tuple(torch.tensor(part, device=device) for part in zip(*pairs, strict=True)))
+            self.levels.append(torch.tensor([i for i, _ in pairs], device=device))
+            slot += [level] * len(pairs)
+            rank += [r for _, r in pairs]
+            above += [sum(sizes[:-1]) + i for i, _ in pairs]
+            starts.append(starts[-1] + len(pairs))
             sizes.append(min(nodes, len(pairs)))
+        self.starts = starts
+        self.slot, self.rank, self.above = (torch.tensor(part, device=device) for part in (slot, rank, above))
         self.first = torch.arange(sizes[0], device=device)
-        self.depth = torch.arange(1, k + 1, device=device).repeat_interleave(torch.tensor(sizes, device=device))
-        self.above = [0, *torch.tensor(sizes).cumsum(0).tolist()]  # where each level starts
         self.rows = torch.arange(1, nodes + 1, device=device)
-        if self.above[-1] < nodes:
-            raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {self.above[-1]} nodes there are")
+        self.kept = sum(sizes)
+        if self.kept < nodes:
+            raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {self.kept} nodes there are")
 
     def __call__(self, scores: Tensor) -> Shape:
         """scores [k, W] of the slots' candidates, descending -> the shape of the N best nodes."""
-        size = len(self.first)
-        best, ranks, parents = [scores[0, :size]], [self.first], [torch.full_like(self.first, -1)]
-        for level, (i, r) in enumerate(self.levels, start=1):
-            values = best[-1][i] + scores[level, r]
-            order = values.argsort(descending=True, stable=True)[: self.nodes]
-            best.append(values[order])
-            ranks.append(r[order])
-            parents.append(i[order] + self.above[level - 1])
+        each = scores[self.slot, self.rank]  # of every pair
+        best, chosen = [each[: self.starts[1]]], [self.first]
+        for i, start, end in zip(self.levels, self.starts[1:], self.starts[2:], strict=False):
+            values, order = (best[-1][i] + each[start:end]).sort(descending=True, stable=True)
+            best.append(values[: self.nodes])
+            chosen.append(order[: self.nodes] + start)
         order = torch.cat(best).argsort(descending=True, stable=True)[: self.nodes]
-        row = torch.zeros(self.above[-1] + 1, dtype=torch.long, device=scores.device)  # the last: the root's, 0
+        row = torch.zeros(self.kept + 1, dtype=torch.long, device=scores.device)  # the last: the root's, 0
         row[order] = self.rows
-        parent = row[torch.cat(parents)[order]]
-        return Shape(parent, self.depth[order], torch.cat(ranks)[order], ancestry(parent, self.k))
+        pair = torch.cat(chosen)[order]
+        parent = row[self.above[pair]]
+        return Shape(parent, self.slot[pair] + 1, self.rank[pair], ancestry(parent, self.k))
 
 
 class Plan:

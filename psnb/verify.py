@@ -72,23 +72,28 @@ def gumbel(
 
 
 class Noise:
-    """The noise of one generation; float32 at least. The target's rows are made a block of positions at a time."""
+    """The noise of one generation; float32 at least. The target's rows are made once, a few ahead of what is asked."""
 
-    BLOCK = 16
+    BLOCK = 8
 
     def __init__(self, seed: int, vocab: int, dtype: torch.dtype, device: torch.device) -> None:
         self.seed, self.vocab, self.device = seed, vocab, device
         self.dtype = torch.promote_types(dtype, torch.float32)
-        self._start, self._rows = 0, torch.empty(0, vocab)
+        self._start, self._rows = 0, torch.empty(0, vocab, dtype=self.dtype, device=device)
 
     def rows(self, start: int, count: int) -> Tensor:
         """G of the target's choice for the positions start .. start + count - 1: [count, vocab]."""
-        end = start + count
-        if not self._start <= start <= end <= self._start + len(self._rows):
-            self._start = start
-            block = torch.arange(start, start + max(count, self.BLOCK) + count, device=self.device)
-            self._rows = gumbel(self.seed, block, self.vocab, self.dtype)
-        return self._rows[start - self._start : end - self._start]
+        have = self._start + len(self._rows)
+        if not self._start <= start <= have:
+            self._start, have, self._rows = start, start, self._rows[:0]
+        if start + count > have:
+            made = [self._rows[start - self._start :]]  # rows before `start` are decided
+            while have < start + count:
+                block = torch.arange(have, have + self.BLOCK, device=self.device)
+                made.append(gumbel(self.seed, block, self.vocab, self.dtype))
+                have += self.BLOCK
+            self._start, self._rows = start, torch.cat(made)
+        return self._rows[start - self._start : start - self._start + count]
 
     def drafts(self, start: int, count: int) -> Tensor:
         """G of the drafter's own draws in the round whose first new position is `start`: [count, vocab]."""

@@ -8,6 +8,7 @@ import toys
 from datasets import Dataset
 
 from psnb import measure
+from psnb.cache import KVCache
 from psnb.decode import Settings
 from psnb.errors import UserError
 
@@ -21,9 +22,12 @@ def prompts() -> Dataset:
 def made():
     target = toys.target(torch.float64)
     drafters = {kind: toys.drafter(kind, target) for kind in ("eagle", "eagle-ps")}
-    methods = {"plain": [0], "hf_generate": [0], "eagle": [2], "eagle-ps": [1, 4]}
+    arms = measure.chains({"plain": [0], "hf_generate": [0], "eagle": [2], "eagle-ps": [1, 4]})
+    arms += measure.trees({"eagle": [[3, 8]], "eagle-ps": [[4, 8]]}) + [
+        measure.Arm("eagle", 2, "chain", 2, "rejection")
+    ]
     runs = measure.run(
-        target, drafters, prompts(), methods=methods, temperatures=[0.0, 0.7], max_new_tokens=14, repeats=2,
+        target, drafters, prompts(), arms=arms, temperatures=[0.0, 0.7], max_new_tokens=14, repeats=2,
         repeat_prompts=1, seed=3,
     )  # fmt: skip
     return target, runs
@@ -31,10 +35,12 @@ def made():
 
 def test_run_covers_the_plan(made):
     _, runs = made
-    counts = runs.groupby(["method", "k", "temperature"]).size()
+    counts = runs[runs.tree.isin(["", "chain"])].groupby(["method", "k", "temperature"]).size()
     assert counts["plain", 0, 0.0] == 4 + 2  # four prompts, then one of each family again
     assert counts["hf_generate", 0, 0.7] == 2 + 2  # only the prompts that are repeated
     assert counts["eagle-ps", 4, 0.7] == 6
+    assert counts["eagle", 2, 0.0] == 6 and counts["eagle", 2, 0.7] == 12  # two rules, which are one at T = 0
+    assert set(runs[runs.nodes == 8].tree) == {"dynamic", "best_first"}
     assert (runs.tokens <= 13).all() and (runs.decode_s > 0).all()
     seeds = runs.groupby(["prompt", "repeat"]).seed.nunique()
     assert (seeds == 1).all()
@@ -66,7 +72,7 @@ def test_every_method_gives_plain_text_and_faults_are_counted(made):
 def test_a_tie_is_counted_as_a_tie(made, monkeypatch):
     target, runs = made
     broken = runs.copy()
-    line = broken.index[(broken.method == "eagle") & (broken.temperature == 0.0)][0]
+    line = broken.index[(broken.method == "eagle") & (broken.k == 2) & (broken.temperature == 0.0)][0]
     broken.loc[line, "output"] = "0 " + broken.loc[line, "output"]
     monkeypatch.setattr(measure, "gap", lambda *arguments: 5e-5)
     found = measure.lossless(broken, target, prompts(), "x").set_index(["method", "k", "temperature", "metric"]).value
@@ -81,12 +87,21 @@ def test_gap_is_the_distance_of_the_two_best_scores(made):
 
 def by_hand() -> pd.DataFrame:
     """Two prompts; plain takes 1 s for 10 tokens, eagle-ps at k = 2 half of it on one prompt."""
-    common = {"temperature": 0.7, "repeat": 0, "prefill_s": 0.1, "commit_s": 0.0, "host_s": 0.0, "repeated_8gram": 1}
+    common = {
+        "temperature": 0.7,
+        "rule": "coupled",
+        "repeat": 0,
+        "prefill_s": 0.1,
+        "commit_s": 0.0,
+        "host_s": 0.0,
+        "repeated_8gram": 1,
+    }
+    none, pair = {"tree": "", "nodes": 0}, {"tree": "chain", "nodes": 2}
     rows = []
     for prompt, task, seconds, histogram in (("p", "a", 0.5, "2 1 1"), ("q", "b", 1.0, "4 0 2")):
-        rows.append({**common, "method": "plain", "k": 0, "task": task, "prompt": prompt, "tokens": 10, "rounds": 10,
+        rows.append({**common, "method": "plain", "k": 0, **none, "task": task, "prompt": prompt, "tokens": 10, "rounds": 10,
                      "histogram": "", "draft_s": 0.0, "verify_s": 1.0, "decode_s": 1.0})  # fmt: skip
-        rows.append({**common, "method": "eagle-ps", "k": 2, "task": task, "prompt": prompt, "tokens": 10,
+        rows.append({**common, "method": "eagle-ps", "k": 2, **pair, "task": task, "prompt": prompt, "tokens": 10,
                      "rounds": 5, "histogram": histogram, "draft_s": 0.1, "verify_s": seconds - 0.1,
                      "decode_s": seconds})  # fmt: skip
     return pd.DataFrame(rows)
@@ -127,3 +142,31 @@ def test_draft_times_cover_every_arm():
     assert len(table) == 6 and set(table.k) == {1, toys.K}
     assert (table.n == 4).all() and (table.low <= table.draft_ms).all() and (table.draft_ms <= table.high).all()
     assert np.isfinite(table.draft_ms).all()
+
+
+def test_coupling_stays_between_its_bounds():
+    target = toys.target(torch.float64)
+    for kind in ("eagle", "eagle-ps"):
+        found = measure.coupling(target, toys.drafter(kind, target), [list(range(1, 30))] * 20, 1.0)
+        assert len(found) == 20 * 28
+        assert (found.low <= found.coupled + 1e-9).all() and (found.coupled <= found.rejection + 1e-9).all()
+        assert abs(found.measured.mean() - found.coupled.mean()) < 4 * (0.25 / len(found)) ** 0.5  # standard errors
+
+
+def test_coupling_judges_slot_0_as_decoding_does():
+    """The row of anchor t against a draft from the same context."""
+    target = toys.target(torch.float64)
+    drafter, text = toys.drafter("eagle-ps", target), [3, 1, 4, 1, 5, 9, 2, 6]
+    found = measure.coupling(target, drafter, [text], 1.0)
+    ids = torch.tensor([text])
+    features = target.features(ids, torch.arange(len(text))[None], None)
+    cache = KVCache(1, 20)
+    drafter.prefill(features[:, :5], ids[:, 1:6], cache)
+    q = drafter.marginals(features[:, 5:6], ids[:, 6:7], 1, cache).softmax(-1)  # of x_7, given x_0 .. x_6
+    p = target.logits(features[0, 6]).softmax(-1)
+    assert found.rejection[5] == pytest.approx(torch.minimum(p, q[0]).sum().item())
+
+
+def test_tree_times_cover_the_sizes():
+    table = measure.tree_times(toys.target(), 3, [4, 8], context=12, repeats=3)
+    assert table.nodes.tolist() == [4, 8] and (table[["build_ms", "walk_ms", "forward_ms"]] > 0).all().all()

@@ -57,6 +57,25 @@ def stage(name, lengths, temperatures=(0.0, 0.7, 1.0)):
     return report.rows(name, made)
 
 
+def proofs():
+    """Rows of notebook 5: chains, static and own trees at T = 0.7, rules at T = 1, the time of a tree."""
+    made = []
+
+    def add(method, tree, nodes, t, value, metric="tokens_per_step"):
+        row = {"method": method, "tree": tree, "k": 5, "nodes": nodes, "task": "all", "temperature": t}
+        made.append({**row, "metric": metric, "value": value, "n": 5, "unit": "tokens"})
+
+    for method, own in (("eagle", "dynamic"), ("eagle-ps", "best_first")):
+        for tree, nodes, value in (("chain", 5, 2.0), ("static", 16, 2.4), (own, 8, 2.3), (own, 16, 2.5)):
+            add(method, tree, nodes, 0.7, value)
+        for tree, nodes, t, value in (("chain", 5, 1.0, 1.9), (own, 16, 1.0, 2.3)):
+            add(method, tree, nodes, t, value)
+        add(method, "chain", 5, 1.0, 2.0, "rejection_tokens_per_step")
+        add(method, "chain", 5, 1.0, 2.05, "block_tokens_per_step")
+    times = pd.DataFrame({"nodes": [8, 16], "build_ms": [0.3, 0.4], "walk_ms": 0.05, "forward_ms": [7.0, 8.0]})
+    return pd.concat([report.rows("05_losslessness", made), report.tree_time_rows(times)], ignore_index=True)
+
+
 @pytest.fixture
 def summary():
     times = pd.DataFrame(
@@ -65,7 +84,7 @@ def summary():
     times = times.assign(low=0.9 * times.draft_ms, high=1.1 * times.draft_ms, n=40)
     speedup = stage("04_speedup", {"medusa": [4], "medusa-ps": [5], "eagle": [3, 5], "eagle-ps": [5, 6]})
     lengths = stage("03_draft_length", {"eagle": [1, 4, 8], "eagle-ps": [1, 4, 8]}, (0.7,))
-    return pd.concat([speedup, lengths, report.draft_time_rows(times)], ignore_index=True)
+    return pd.concat([speedup, lengths, report.draft_time_rows(times), proofs()], ignore_index=True)
 
 
 @pytest.fixture
@@ -101,7 +120,7 @@ def test_headline_takes_the_best_length_and_survives_the_file(summary, tmp_path)
         .groupby("k")
         .value.mean()
     )
-    assert table.k["eagle"] == speed.idxmax()
+    assert table.draft["eagle"] == f"k = {speed.idxmax():g}"
     assert table["x plain, T = 0.7"]["plain"] == "1" and table["tokens per step, T = 0.7"]["plain"] == "1.00"
     assert re.fullmatch(r"\d\.\d\d \(\d\.\d\d to \d\.\d\d\)", table["x plain, T = 0"]["eagle-ps"])
     manifest.write_frame(tmp_path / "summary.csv", summary)
@@ -112,7 +131,7 @@ def test_headline_takes_the_best_length_and_survives_the_file(summary, tmp_path)
 
 def test_goals_follow_the_numbers(summary):
     met = dict(report.goals(summary)[["goal", "met"]].itertuples(index=False))
-    assert set(met.values()) == {"yes"} and len(met) == 8
+    assert set(met.values()) == {"yes"} and len(met) == 15
     for metric, value, where, goal in (
         ("greedy_mismatches", 2, {"method": "medusa"}, "greedy output"),
         ("coupled_mismatches", 1, {"method": "eagle", "temperature": 1.0}, "coupled output"),
@@ -121,7 +140,16 @@ def test_goals_follow_the_numbers(summary):
         ("speedup_vs_plain", 1.4, {"method": "eagle-ps", "temperature": 0.7}, "eagle-ps at its best k"),
         ("speedup_vs_plain", 9.0, {"method": "eagle", "temperature": 0.7}, "eagle-ps over eagle, each"),
         ("accept_cond_0", 0.9, {"method": "eagle", "k": 5}, "slot 0"),
-        ("tokens_per_step", 9.0, {"method": "eagle", "k": 5}, "tokens per step"),
+        ("tokens_per_step", 9.0, {"stage": "04_speedup", "method": "eagle", "k": 5}, "tokens per step, eagle-ps"),
+        (
+            "tokens_per_step",
+            2.2,
+            {"method": "eagle-ps", "tree": "best_first", "nodes": 16, "temperature": 0.7},
+            "tokens per step of eagle-ps, best",
+        ),
+        ("rejection_tokens_per_step", 2.3, {"method": "eagle"}, "tokens per step of eagle, coupled chain"),
+        ("block_tokens_per_step", 2.4, {"method": "eagle-ps"}, "tokens per step of eagle-ps, coupled tree"),
+        ("tree_ms", 0.9, {"nodes": 16}, "building and following"),
     ):
         frame = report.goals(changed(summary, metric, value, **where))
         missed = list(frame.goal[frame.met == "no"])
@@ -196,6 +224,8 @@ def test_figures_are_saved_with_their_caption(summary, training, tmp_path):
         "training": plots.training_curves(training, ("loss", "heldout_nats")),
         "slots": plots.slot_curves(training),
         "mask": plots.group_mask(3, 2),
+        "nodes": plots.against_nodes(one.assign(tree=one.tree.where(one.k != 4, "best_first")), task="all"),
+        "trees": plots.tree_kinds(one.assign(tree=one.tree.where(one.k != 4, "static")), task="all"),
         "draft_time": plots.draft_time(times.astype({"k": int})),
         "acceptance": plots.acceptance(one, task="all", k=8),
         "against_k": plots.against_k(one, model, task="all"),
