@@ -38,6 +38,12 @@ STYLES: dict[str, tuple[str, str, tuple, str]] = {  # colour, marker, dashes, ha
     "eagle": ("#74b9e8", "^", DASHED, ".."),
     "eagle-ps": ("#08519c", "o", SOLID, ""),
 }
+TREES: dict[str, tuple[str, str, tuple, str]] = {
+    "chain": ("#808080", "s", DOTTED, ""),
+    "static": ("#74b9e8", "^", DASHED, ""),
+    "best_first": ("#08519c", "o", SOLID, ""),
+    "dynamic": ("#000000", "D", SOLID, ""),
+}
 SPARE = [("#1b7837", "v", SOLID, "--"), ("#762a83", "p", DASHED, "++"), ("#000000", "h", SOLID, "||")]
 PARTS = {"draft_ms": "draft", "verify_ms": "verify", "commit_ms": "commit", "host_ms": "host"}
 PART_STYLES = {
@@ -102,7 +108,7 @@ def order(methods: Iterable[str]) -> list[str]:
 
 def _style(methods: Sequence[str]) -> dict[str, tuple[str, str, tuple, str]]:
     spare = iter(SPARE * (1 + len(methods) // len(SPARE)))
-    return {method: STYLES.get(method) or next(spare) for method in methods}
+    return {method: STYLES.get(method) or TREES.get(method) or next(spare) for method in methods}
 
 
 def _themed(draw: Callable[..., Figure]) -> Callable[..., Figure]:

@@ -99,8 +99,8 @@ def by_hand() -> pd.DataFrame:
     none, pair = {"tree": "", "nodes": 0}, {"tree": "chain", "nodes": 2}
     rows = []
     for prompt, task, seconds, histogram in (("p", "a", 0.5, "2 1 1"), ("q", "b", 1.0, "4 0 2")):
-        rows.append({**common, "method": "plain", "k": 0, **none, "task": task, "prompt": prompt, "tokens": 10, "rounds": 10,
-                     "histogram": "", "draft_s": 0.0, "verify_s": 1.0, "decode_s": 1.0})  # fmt: skip
+        rows.append({**common, "method": "plain", "k": 0, **none, "task": task, "prompt": prompt, "tokens": 10,
+                     "rounds": 10, "histogram": "", "draft_s": 0.0, "verify_s": 1.0, "decode_s": 1.0})  # fmt: skip
         rows.append({**common, "method": "eagle-ps", "k": 2, **pair, "task": task, "prompt": prompt, "tokens": 10,
                      "rounds": 5, "histogram": histogram, "draft_s": 0.1, "verify_s": seconds - 0.1,
                      "decode_s": seconds})  # fmt: skip
