@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import tempfile
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from psnb import drafters, groups, manifest
+from psnb.decode import Settings
 from psnb.drafters import Drafter
 from psnb.errors import UserError
 from psnb.fit import Batch
@@ -35,10 +36,15 @@ from psnb.respond import write
 from psnb.study import Study
 from psnb.target import Target, as_batch
 from psnb.train import slots, teacher, train_drafter
+from psnb.verify import gumbel
 
-COLUMNS = ("variant", "seed", "steps", "tokens", "seconds", "step_ms", "metric", "value", "low", "high", "n")
+COLUMNS = (
+    *("batch", "variant", "seed", "steps", "rows", "tokens", "seconds", "step_ms"),
+    *("k", "metric", "value", "low", "high", "n"),
+)
 ROW = 2**20  # positions of noise that a row of text owns
-SHARPEN = 1.5  # scale of the logits beside the noise: decode.Settings.sharpen
+ROWS = 256  # rows that are judged: so far positions stay below 2^28, the noise's limit
+NAME = "recipe.csv"
 
 
 @dataclass(frozen=True)
@@ -168,8 +174,6 @@ def rounds(
 
 def gumbels(seed: int, rows: Tensor, n: int, vocab: int) -> Tensor:
     """The noise of n positions of some rows of text: rows [B] -> [B, n, V]."""
-    from psnb.verify import gumbel
-
     at = rows[:, None] * ROW + torch.arange(n, device=rows.device)
     return gumbel(seed, at.flatten(), vocab).view(len(rows), n, vocab)
 
@@ -182,13 +186,15 @@ def tokens_per_step(counts: Sequence[Sequence[int]], draws: int = 1000) -> tuple
     return table[:, 1].sum() / table[:, 0].sum(), low, high, int(table[:, 0].sum())
 
 
-def judge(drafter: Drafter, written: Batch, prefix: int, ks: Iterable[int], temperature: float, seed: int) -> list[dict]:
-    """Rows metric, value, low, high, n: tokens_per_step_k of coupled chains on `text`, at the default sharpening."""
+def judge(
+    drafter: Drafter, written: Batch, prefix: int, ks: Iterable[int], temperature: float, seed: int
+) -> list[dict]:
+    """Rows k, metric, value, low, high, n: tokens_per_step of coupled chains of each k on `text`."""
     found = []
     for k in ks:
-        counts = rounds(drafter, written, prefix, k, temperature, seed, SHARPEN)
+        counts = rounds(drafter, written, prefix, k, temperature, seed, Settings.sharpen)
         values = zip(("value", "low", "high", "n"), tokens_per_step(counts), strict=True)
-        found.append({"metric": f"tokens_per_step_{k}", **dict(values)})
+        found.append({"k": k, "metric": "tokens_per_step", **dict(values)})
     return found
 
 
@@ -196,34 +202,128 @@ def judge(drafter: Drafter, written: Batch, prefix: int, ks: Iterable[int], temp
 
 
 def train_variant(
-    variant: Variant,
-    base: DrafterSpec,
+    spec: DrafterSpec,
     target: Target,
     rows: Batch,
     held_out: Batch,
     written: Batch,
     folder: Path,
     *,
-    steps: int,
     seed: int,
     warm_start_from: Path | None,
     prefix: int,
     temperature: float,
-    ks: Sequence[int] = (5,),
-) -> pd.DataFrame:
-    """Train a variant into `folder` and judge it: rows of COLUMNS.
+    ks: Sequence[int] = (5, 8),
+) -> list[dict]:
+    """Train `spec` into `folder` and judge it: rows of COLUMNS from `rows` on.
 
     seconds: of the whole training, with its compilation; step_ms: median over the logged stretches of steps.
     """
-    spec = variant.spec(base, steps)
     warm = warm_start_from if spec.warm_start else None
     train_drafter(spec, target, rows, held_out, folder, seed=seed, device=target.device, warm_start_from=warm)
     log = pd.read_csv(folder / "training.csv")
     times = log[log.metric == "seconds"]
-    step_ms = 1e3 * (times.value.diff() / times.step.diff()).median()
-    last = log[(log.step == steps) & log.metric.str.startswith("accept_")]
+    about = {
+        "rows": len(rows["input_ids"]),
+        "tokens": int(log.tokens.max()),
+        "seconds": round(times.value.iloc[-1], 1),
+        "step_ms": round(1e3 * (times.value.diff() / times.step.diff()).median(), 1),
+    }
+    last = log[(log.step == log.step.max()) & log.metric.str.startswith("accept_")]
     found = last[["metric", "value"]].to_dict("records")
-    found += judge(drafters.load(folder, target), written, prefix, [k for k in ks if k <= spec.k], temperature, seed=0)
-    made = {"variant": variant.name, "seed": seed, "steps": steps, "tokens": int(log.tokens.max())}
-    made |= {"seconds": round(times.value.iloc[-1], 1), "step_ms": step_ms}
-    return pd.DataFrame([made | row for row in found]).reindex(columns=COLUMNS)
+    lengths = sorted({min(k, spec.k) for k in ks})
+    found += judge(drafters.load(folder, target), written, prefix, lengths, temperature, seed=0)
+    return [about | row for row in found]
+
+
+def load(study: Study) -> pd.DataFrame:
+    """The rows of results/<profile>/recipe.csv, of this study or as shipped; empty if there are none."""
+    for folder in (study.results, study.root / "results" / study.profile.name):
+        if (folder / NAME).is_file():
+            return pd.read_csv(folder / NAME, dtype={"batch": str})
+    return pd.DataFrame(columns=COLUMNS)
+
+
+def run(
+    study: Study,
+    variants: Sequence[Variant] = GRID,
+    steps: int = 1000,
+    seeds: Sequence[int] = (2410, 2411),
+    prefix: int = 32,
+    temperature: float = 0.7,
+    base: str = "eagle-ps",
+) -> pd.DataFrame:
+    """Trains every variant with every seed, `steps` each; rows that results/<profile>/recipe.csv has are kept.
+
+    The drafter that the base starts from is trained first, if it is not there. Raises UserError.
+    """
+    path, spec = study.results / NAME, study.profile.drafters[base]
+    done = pd.read_csv(path, dtype={"batch": str}) if path.is_file() else pd.DataFrame(columns=COLUMNS)
+    target = study.target()
+    warm = study.checkpoint(spec.warm_start) if spec.warm_start else None
+    if warm is not None:
+        study.drafter(spec.warm_start)
+    train, held_out = (as_batch(rows) for rows in study._training_rows())
+    held_out = {column: rows[:ROWS] for column, rows in held_out.items()}
+    given = {"corpus": train}
+    written: Batch = {}
+    for seed, variant in itertools.product(seeds, variants):
+        name = {"batch": f"{steps} steps", "variant": variant.name, "seed": seed, "steps": steps}
+        if (done[list(name)] == list(name.values())).all(axis=1).any():
+            continue
+        if variant.responses not in given:
+            data = dataclasses.replace(study.profile.data, responses=variant.responses)
+            answered = dataclasses.replace(study, profile=dataclasses.replace(study.profile, data=data))
+            given[variant.responses] = as_batch(answered._training_rows(base)[0])
+        if not written:
+            written = text(target, held_out, prefix, temperature, seed=0, graph=target.device.type == "cuda")
+        manifest.say(f"recipe: {variant.name}, seed {seed}, {steps} steps")
+        with tempfile.TemporaryDirectory() as folder:
+            made = train_variant(
+                variant.spec(spec, steps), target, given[variant.responses], held_out, written, Path(folder),
+                seed=seed, warm_start_from=warm, prefix=prefix, temperature=temperature,
+            )  # fmt: skip
+        rows = pd.DataFrame([name | row for row in made]).reindex(columns=COLUMNS)
+        done = pd.concat([done, rows], ignore_index=True) if len(done) else rows
+        manifest.write_frame(path, done)
+    return done
+
+
+def compare(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a training: its tokens_per_step, the difference to the mean of its batch's `base`, and its cost.
+
+    A batch is what was trained on the same rows for the same steps; only within one are differences the recipe's.
+    """
+    taus = frame[frame.metric == "tokens_per_step"]
+    taus = taus[taus.k == taus.k.min()]
+    base = taus[taus.variant == "base"].groupby("batch").value.mean()
+    taus = taus.assign(gain=taus.value - taus.batch.map(base))
+    names = ["batch", "variant", "seed", "steps", "rows", "tokens", "step_ms", "k", "value", "low", "high", "gain"]
+    return taus[names].rename(columns={"value": "tokens_per_step"}).sort_values("tokens_per_step", ignore_index=True)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """The command line: the whole grid of a profile."""
+    parser = argparse.ArgumentParser(prog="python -m psnb.recipe", description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", default="embedded")
+    parser.add_argument("--output", default="", help="folder for results/ (default: the project's)")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2410, 2411])
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants by name (default: all)")
+    given = parser.parse_args(words)
+    try:
+        run(Study.open(given.profile, given.output), select(given.only), given.steps, given.seeds)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def select(names: Sequence[str]) -> list[Variant]:
+    """Variants of the grid by name, all for none. Raises UserError for an unknown one."""
+    known = {variant.name: variant for variant in GRID}
+    if wrong := [name for name in names if name not in known]:
+        raise UserError(f"unknown variant {wrong[0]!r}; {nearest(wrong[0], known)}")
+    return [known[name] for name in names] or list(GRID)
+
+
+if __name__ == "__main__":
+    main()
