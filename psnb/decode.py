@@ -37,12 +37,20 @@ class Settings:
     top_k: int = 0  # 0: all tokens
     top_p: float = 1.0
     rule: str = "coupled"  # how drafts are verified above T = 0: coupled, rejection or block
-    sharpen: float = 0.0  # coupled: scale of the drafter's logits beside the noise; 0: 2.2 - T (see Sampler.sharpen)
+    sharpen: float = 0.0  # coupled: scale of the drafter's logits beside the noise; 0: 2.2 - T (see `sharpness`)
     spread: float = 2.0  # coupled: what a node is worth is a softmax of its perturbed score over `spread`
     max_new_tokens: int = 64
     seed: int = 0
     stop_tokens: tuple[int, ...] = ()
     repeat_stop: int = 16  # stop once this many tokens in a row each end an 8-gram generated before; 0: never
+
+    @property
+    def sharpness(self) -> float:
+        """A draft is worth Pr[it is the target's choice | q, G]. The target's own distribution is sharper than the
+        drafter's estimate of it, so the estimate counts for more beside the noise: best at 1.5 for T = 0.7 and at
+        1.15 to 1.3 for T = 1 on held-out text. It changes what is drafted, never the text.
+        """
+        return self.sharpen or max(1.0, 2.2 - self.temperature)
 
 
 @dataclass(frozen=True)
@@ -196,14 +204,6 @@ class Sampler:
         self.noise = Noise(settings.seed, target.vocab_size, target.dtype, target.device)
         self.start = 0  # position of slot 0 of the round
 
-    @property
-    def sharpen(self) -> float:
-        """A draft is worth Pr[it is the target's choice | q, G]. The target's own distribution is sharper than the
-        drafter's estimate of it, so the estimate counts for more beside the noise: best at 1.5 for T = 0.7 and at
-        1.15 to 1.3 for T = 1 on held-out text. It changes what is drafted, never the text.
-        """
-        return self.settings.sharpen or max(1.0, 2.2 - self.settings.temperature)
-
     def warp(self, logits: Tensor) -> Tensor:
         """logits / T, tokens outside top-k and top-p at -inf."""
         return warp(logits, self.settings.temperature, self.settings.top_k, self.settings.top_p)
@@ -229,7 +229,7 @@ class Sampler:
                 worth = logits
             elif self.rule == "coupled":
                 noise = self.noise.rows(self.start + slots.start, slots.stop - slots.start)
-                worth = self.warp(logits * self.sharpen) + noise
+                worth = self.warp(logits * self.settings.sharpness) + noise
             else:
                 worth = self.warp(logits)
             if drawn:

@@ -590,3 +590,24 @@ def explorer(target: Any, drafters: dict[str, Any], prompt: str, k: int = 5, tem
     button.on_click(generate)
     generate(None)
     return widgets.VBox([text, widgets.HBox([which, length, heat, button]), shown])
+
+
+@_themed
+def recipe(trainings: pd.DataFrame) -> Figure:
+    """One row a variant, one panel a batch of `recipe.compare`'s table: tokens per step, 95 % intervals over rows."""
+    batches = list(dict.fromkeys(trainings.sort_values("tokens").batch))
+    heights = [trainings[trainings.batch == batch].variant.nunique() for batch in batches]
+    figure = Figure(figsize=(8, 0.9 + 0.32 * sum(heights) + 0.3 * len(batches)), layout="constrained")
+    axes = figure.subplots(len(batches) or 1, 1, squeeze=False, gridspec_kw={"height_ratios": heights or [1]})[:, 0]
+    for ax, batch in zip(axes, batches, strict=False):
+        part = trainings[trainings.batch == batch]
+        places = {variant: i for i, variant in enumerate(dict.fromkeys(part.variant))}
+        y = part.variant.map(places)
+        ax.errorbar(
+            part.tokens_per_step, y, xerr=_interval(part, "tokens_per_step"), fmt="o", color="#08519c", capsize=3
+        )
+        if (base := part[part.variant == "base"].tokens_per_step).size:
+            ax.axvline(base.mean(), color="#808080", ls=":")
+        ax.set(yticks=list(places.values()), yticklabels=list(places), title=batch, ylim=(-0.6, len(places) - 0.4))
+    axes[-1].set_xlabel(LABELS["tokens_per_step"])
+    return figure

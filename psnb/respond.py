@@ -76,11 +76,12 @@ def write(
     mask |= key == at[:, None]  # a padded row sees itself: no row without a key
     place = (at - pad[:, None]).clamp(min=0)
     written = torch.zeros(size, new, dtype=torch.long, device=device)
+    key_of_noise = torch.tensor(seed, device=device)  # capturing a graph allows no copy from the host
     token, done = torch.zeros(size, 1, dtype=torch.long, device=device), torch.zeros(1, dtype=torch.long, device=device)
 
     def choose(features: Tensor, position: Tensor) -> None:
         """Samples x at `position` [B] from features [B, H] of the token before it."""
-        noise = gumbel(seed, first + position, target.vocab_size) if temperature else None
+        noise = gumbel(key_of_noise, first + position, target.vocab_size) if temperature else None
         token.copy_(perturb(target.logits(features).float(), temperature, noise).argmax(-1, keepdim=True))
         written.index_copy_(1, done, token)
         done.add_(1)

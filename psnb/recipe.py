@@ -1,0 +1,329 @@
+"""How to train a parallel drafter: variants of one spec, trained alike and judged alike.
+
+    python -m psnb.recipe --profile h200 --steps 1000 --seeds 2410 2411
+
+writes results/<profile>/recipe.csv, which notebook 06 reads. A variant is judged twice: by greedy agreement on held-out
+text (train.acceptance), and by `tokens_per_step` of chains on text that the target wrote itself.
+
+Under `coupled` sampling the text does not depend on the drafter (DESIGN section 3), so a drafter can be judged on text
+that is already there: all anchors are drafted from at once, and a walk over the text visits those at which decoding
+would have begun a round. That is decoding's own tokens_per_step, without decoding.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from psnb import drafters, groups, manifest
+from psnb.decode import Settings
+from psnb.drafters import Drafter
+from psnb.errors import UserError
+from psnb.fit import Batch
+from psnb.profile import DrafterSpec, nearest
+from psnb.respond import write
+from psnb.study import Study
+from psnb.target import Target, as_batch
+from psnb.train import slots, teacher, train_drafter
+from psnb.verify import gumbel
+
+COLUMNS = (
+    *("batch", "variant", "seed", "steps", "rows", "tokens", "seconds", "step_ms"),
+    *("k", "metric", "value", "low", "high", "n"),
+)
+ROW = 2**20  # positions of noise that a row of text owns
+ROWS = 256  # rows that are judged: so far positions stay below 2^28, the noise's limit
+NAME = "recipe.csv"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A drafter spec that differs from the base in `changes` (of DrafterSpec), trained on the corpus or `responses`."""
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+    responses: str = "corpus"
+
+    def spec(self, base: DrafterSpec, steps: int) -> DrafterSpec:
+        """The base with the changes and a budget of `steps`; `learning_rate` among the changes is the budget's."""
+        changes = dict(self.changes)
+        budget = {"steps": steps, "evaluate_every": 0}
+        budget |= {"learning_rate": changes.pop("learning_rate")} if "learning_rate" in changes else {}
+        return dataclasses.replace(base, **changes, train=dataclasses.replace(base.train, **budget))
+
+
+GRID = (
+    Variant("base"),
+    Variant("1 layer", {"layers": 1}),
+    Variant("4 layers", {"layers": 4}),
+    Variant("no warm start", {"warm_start": ""}),
+    Variant("slot_decay 0.5", {"slot_decay": 0.5}),
+    Variant("slot_decay 0.9", {"slot_decay": 0.9}),
+    Variant("slot_decay 1", {"slot_decay": 1.0}),
+    Variant("keep 1", {"keep": 1.0}),
+    Variant("keep 0.7, 0.2", {"keep": 0.7, "keep_min": 0.2}),
+    Variant("keep 0.5, 0.1", {"keep": 0.5, "keep_min": 0.1}),
+    Variant("taps 2 5", {"taps": [2, 5]}),
+    Variant("shared masks", {"mask_mode": "shared"}),
+    Variant("feature loss 0.1", {"feature_weight": 0.1}),
+    Variant("hard labels", {"labels": "hard"}),
+    Variant("streak 0.3", {"streak_weight": 0.3}),
+    Variant("curriculum 0.5", {"curriculum": 0.5}),
+    Variant("target's text", {}, "target"),
+    Variant("rate 3e-3", {"learning_rate": 3e-3}),
+)
+
+
+# --- judging ------------------------------------------------------------------------------------------------------
+
+
+def text(target: Target, rows: Batch, prefix: int, temperature: float, seed: int, graph: bool = False) -> Batch:
+    """What the target writes after the first `prefix` tokens of rows [R, n] that begin with so long a document.
+
+    input_ids [R', n], document [R', n] (0, and -1 after an end token), in the noise of (seed, r * ROW + position).
+    """
+    ids, document = rows["input_ids"], rows["document"]
+    length = ids.shape[1]
+    ids = ids[(document[:, :prefix] == 0).all(1), :prefix]
+    if not len(ids):
+        raise UserError(f"no row begins with a document of {prefix} tokens: lower prefix")
+    how = {"length": ROW, "temperature": temperature, "seed": seed, "graph": graph}
+    more = write(target, ids.tolist(), range(len(ids)), length - prefix, **how).cpu()
+    more = torch.nn.functional.pad(more, (0, length - prefix - more.shape[1]))
+    ends = more == (-1 if target.eos_token_id is None else target.eos_token_id)
+    after = ends.cumsum(1) - ends.int() > 0  # behind the first end token
+    document = torch.cat([torch.zeros(len(ids), prefix, dtype=torch.long), -after.long()], 1)
+    return {"input_ids": torch.cat([ids, more], 1), "document": document}
+
+
+def drafted(drafter: Drafter, batch: Batch, k: int, worth: Tensor, sharpen: float) -> Tensor:
+    """Chains of k drafted from every anchor of given text at once: batch of [B, n] -> tokens [B, n - 1, k].
+
+    worth [B, n, V] is what is added to the sharpened logits of a token at a position (noise, in units of logits / T);
+    slot i of anchor t drafts x_{t+2+i}. EAGLE's later passes are rows of its group: row (d, t) is fed its own draft.
+    """
+    ids, document = batch["input_ids"], batch["document"]
+    n = ids.shape[1]
+    features = teacher(drafter.target, batch, drafter.spec.taps)
+
+    def pick(hidden: Tensor, slot: int) -> Tensor:
+        at = (torch.arange(n - 1, device=ids.device) + 2 + slot).clamp(max=n - 1)
+        return (drafter.logits(hidden, slot).float() * sharpen + worth[:, at]).argmax(-1)
+
+    if drafter.one_pass:
+        depth, anchor = (x.to(ids.device) for x in groups.layout(n - 1, drafter.masks))
+        made = slots(drafter, batch, features, depth, anchor, [n - 1] * (drafter.masks + 1))
+        return torch.stack([pick(hidden, slot) for slot, (hidden, *_) in enumerate(made[:k])], -1)
+    hidden, token, fed, tokens = features[:, :-1], ids[:, 1:], [], []
+    for slot in range(k):
+        fed.append(drafter.fuse(hidden, token))
+        depth, anchor = (x.to(ids.device) for x in groups.layout(n - 1, slot))
+        place = groups.positions(document)[:, anchor] + depth
+        attention = groups.structure if drafter.spec.attention == "structured" else groups.mask
+        mask = attention(depth, anchor, document[:, :-1])
+        hidden = drafter.body(torch.cat(fed, 1), place, mask)[:, 1 - n :]
+        token = pick(hidden, slot)
+        tokens.append(token)
+    return torch.stack(tokens, -1)
+
+
+def walk(accepted: np.ndarray, prefix: int, end: int, k: int) -> list[int]:
+    """Accepted counts of the rounds that decoding would make on one text, accepted [n - 1] of every anchor.
+
+    The first anchor is prefix - 1; a round that accepts a moves on by a + 1; rounds that reach beyond `end` are left
+    out. accepted [2 0 1 0 0 0], prefix 1, end 7, k = 2 -> [2, 0, 0].
+    """
+    found, anchor = [], prefix - 1
+    while anchor + 2 + k <= end:
+        found.append(min(int(accepted[anchor]), k))
+        anchor += found[-1] + 1
+    return found
+
+
+@torch.no_grad()
+def rounds(
+    drafter: Drafter, rows: Batch, prefix: int, k: int, temperature: float, seed: int, sharpen: float, size: int = 4
+) -> list[list[int]]:
+    """Per row of `text`, the accepted counts of coupled decoding's rounds with chains of k."""
+    device, vocab = drafter.target.device, drafter.target.vocab_size
+    n = rows["input_ids"].shape[1]
+    found = []
+    for start in range(0, len(rows["input_ids"]), size):
+        batch = {name: tensor[start : start + size].to(device) for name, tensor in rows.items()}
+        ids, count = batch["input_ids"], len(batch["input_ids"])
+        worth = gumbels(seed, torch.arange(start, start + count, device=device), n, vocab) * temperature
+        tokens = drafted(drafter, batch, k, worth, sharpen)
+        at = torch.arange(n - 1, device=device)[:, None] + 2 + torch.arange(k, device=device)
+        match = (tokens == ids[:, at.clamp(max=n - 1)]) & (at < n)
+        accepted = match.int().cumprod(-1).sum(-1).cpu().numpy()
+        ends = (batch["document"] >= 0).sum(1).tolist()
+        found += [walk(accepted[r], prefix, ends[r], k) for r in range(count)]
+    return found
+
+
+def gumbels(seed: int, rows: Tensor, n: int, vocab: int) -> Tensor:
+    """The noise of n positions of some rows of text: rows [B] -> [B, n, V]."""
+    at = rows[:, None] * ROW + torch.arange(n, device=rows.device)
+    return gumbel(seed, at.flatten(), vocab).view(len(rows), n, vocab)
+
+
+def tokens_per_step(counts: Sequence[Sequence[int]], draws: int = 1000) -> tuple[float, float, float, int]:
+    """Per row the accepted counts of its rounds -> (mean tokens a round, 95 % bootstrap interval over rows, rounds)."""
+    table = np.array([(len(row), len(row) + sum(row)) for row in counts], dtype=float)
+    pick = np.random.default_rng(0).integers(len(table), size=(draws, len(table)))
+    low, high = np.percentile(np.divide(*table[pick].sum(1).T[::-1]), [2.5, 97.5])
+    return table[:, 1].sum() / table[:, 0].sum(), low, high, int(table[:, 0].sum())
+
+
+def judge(
+    drafter: Drafter, written: Batch, prefix: int, ks: Iterable[int], temperature: float, seed: int
+) -> list[dict]:
+    """Rows k, metric, value, low, high, n: tokens_per_step of coupled chains of each k on `text`."""
+    found = []
+    for k in ks:
+        counts = rounds(drafter, written, prefix, k, temperature, seed, Settings(temperature=temperature).sharpness)
+        values = zip(("value", "low", "high", "n"), tokens_per_step(counts), strict=True)
+        found.append({"k": k, "metric": "tokens_per_step", **dict(values)})
+    return found
+
+
+# --- training -------------------------------------------------------------------------------------------------------
+
+
+def train_variant(
+    spec: DrafterSpec,
+    target: Target,
+    rows: Batch,
+    held_out: Batch,
+    written: Batch,
+    folder: Path,
+    *,
+    seed: int,
+    warm_start_from: Path | None,
+    prefix: int,
+    temperature: float,
+    ks: Sequence[int] = (5, 8),
+) -> list[dict]:
+    """Train `spec` into `folder` and judge it: rows of COLUMNS from `rows` on.
+
+    seconds: of the whole training, with its compilation; step_ms: median over the logged stretches of steps.
+    """
+    warm = warm_start_from if spec.warm_start else None
+    train_drafter(spec, target, rows, held_out, folder, seed=seed, device=target.device, warm_start_from=warm)
+    log = pd.read_csv(folder / "training.csv")
+    times = log[log.metric == "seconds"]
+    about = {
+        "rows": len(rows["input_ids"]),
+        "tokens": int(log.tokens.max()),
+        "seconds": round(times.value.iloc[-1], 1),
+        "step_ms": round(1e3 * (times.value.diff() / times.step.diff()).median(), 1),
+    }
+    last = log[(log.step == log.step.max()) & log.metric.str.startswith("accept_")]
+    found = last[["metric", "value"]].to_dict("records")
+    lengths = sorted({min(k, spec.k) for k in ks})
+    found += judge(drafters.load(folder, target), written, prefix, lengths, temperature, seed=0)
+    return [about | row for row in found]
+
+
+def load(study: Study) -> pd.DataFrame:
+    """The rows of results/<profile>/recipe.csv, of this study or as shipped; empty if there are none."""
+    for folder in (study.results, study.root / "results" / study.profile.name):
+        if (folder / NAME).is_file():
+            return pd.read_csv(folder / NAME, dtype={"batch": str})
+    return pd.DataFrame(columns=COLUMNS)
+
+
+def run(
+    study: Study,
+    variants: Sequence[Variant] = GRID,
+    steps: int = 1000,
+    seeds: Sequence[int] = (2410, 2411),
+    prefix: int = 32,
+    temperature: float = 0.7,
+    base: str = "eagle-ps",
+) -> pd.DataFrame:
+    """Trains every variant with every seed, `steps` each; rows that results/<profile>/recipe.csv has are kept.
+
+    The drafter that the base starts from is trained first, if it is not there. Raises UserError.
+    """
+    path, spec = study.results / NAME, study.profile.drafters[base]
+    done = pd.read_csv(path, dtype={"batch": str}) if path.is_file() else pd.DataFrame(columns=COLUMNS)
+    target = study.target()
+    warm = study.checkpoint(spec.warm_start) if spec.warm_start else None
+    if warm is not None:
+        study.drafter(spec.warm_start)
+    train, held_out = (as_batch(rows) for rows in study._training_rows())
+    held_out = {column: rows[:ROWS] for column, rows in held_out.items()}
+    given = {"corpus": train}
+    written: Batch = {}
+    for seed, variant in itertools.product(seeds, variants):
+        name = {"batch": f"{steps} steps", "variant": variant.name, "seed": seed, "steps": steps}
+        if (done[list(name)] == list(name.values())).all(axis=1).any():
+            continue
+        if variant.responses not in given:
+            data = dataclasses.replace(study.profile.data, responses=variant.responses)
+            answered = dataclasses.replace(study, profile=dataclasses.replace(study.profile, data=data))
+            given[variant.responses] = as_batch(answered._training_rows(base)[0])
+        if not written:
+            written = text(target, held_out, prefix, temperature, seed=0, graph=target.device.type == "cuda")
+        manifest.say(f"recipe: {variant.name}, seed {seed}, {steps} steps")
+        with tempfile.TemporaryDirectory() as folder:
+            made = train_variant(
+                variant.spec(spec, steps), target, given[variant.responses], held_out, written, Path(folder),
+                seed=seed, warm_start_from=warm, prefix=prefix, temperature=temperature,
+            )  # fmt: skip
+        rows = pd.DataFrame([name | row for row in made]).reindex(columns=COLUMNS)
+        done = pd.concat([done, rows], ignore_index=True) if len(done) else rows
+        manifest.write_frame(path, done)
+    return done
+
+
+def compare(frame: pd.DataFrame) -> pd.DataFrame:
+    """One row a training: its tokens_per_step, the difference to the mean of its batch's `base`, and its cost.
+
+    A batch is what was trained on the same rows for the same steps; only within one are differences the recipe's.
+    """
+    taus = frame[frame.metric == "tokens_per_step"]
+    taus = taus[taus.k == taus.k.min()]
+    base = taus[taus.variant == "base"].groupby("batch").value.mean()
+    taus = taus.assign(gain=taus.value - taus.batch.map(base))
+    names = ["batch", "variant", "seed", "steps", "rows", "tokens", "step_ms", "k", "value", "low", "high", "gain"]
+    return taus[names].rename(columns={"value": "tokens_per_step"}).sort_values("tokens_per_step", ignore_index=True)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """The command line: the whole grid of a profile."""
+    parser = argparse.ArgumentParser(prog="python -m psnb.recipe", description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", default="embedded")
+    parser.add_argument("--output", default="", help="folder for results/ (default: the project's)")
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2410, 2411])
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants by name (default: all)")
+    given = parser.parse_args(words)
+    try:
+        run(Study.open(given.profile, given.output), select(given.only), given.steps, given.seeds)
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+def select(names: Sequence[str]) -> list[Variant]:
+    """Variants of the grid by name, all for none. Raises UserError for an unknown one."""
+    known = {variant.name: variant for variant in GRID}
+    if wrong := [name for name in names if name not in known]:
+        raise UserError(f"unknown variant {wrong[0]!r}; {nearest(wrong[0], known)}")
+    return [known[name] for name in names] or list(GRID)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The recipe's grid: judging by a walk equals decoding, and a grid that resumes."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import toys
+
+from psnb import recipe
+from psnb.decode import Settings, speculative
+from psnb.errors import UserError
+from psnb.profile import DrafterSpec, FitSpec, load
+from psnb.target import as_batch
+
+PREFIX, SEED = 5, 3
+
+
+@pytest.fixture(scope="module")
+def target():
+    return toys.target()
+
+
+@pytest.fixture(scope="module")
+def written(target):
+    rows = as_batch(toys.rows(6, 40))
+    rows["document"].zero_()
+    return recipe.text(target, rows, PREFIX, 0.7, SEED)
+
+
+def test_text_ends_behind_its_end_token(written):
+    ids, document = written["input_ids"], written["document"]
+    ends = (document == 0).sum(1)
+    assert ids.shape == (6, 40) and set(document.unique().tolist()) == {0, -1}
+    for row, of, end in zip(ids, document, ends.tolist(), strict=True):
+        assert (of[:end] == 0).all() and (of[end:] == -1).all()
+        assert end == 40 or row[end - 1] == toys.VOCAB - 1
+        assert toys.VOCAB - 1 not in row[PREFIX : end - 1]
+
+
+def test_text_needs_prompts(target):
+    with pytest.raises(UserError, match="lower prefix"):
+        recipe.text(target, as_batch(toys.rows(3, 24)), 20, 0.7, SEED)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *((kind, {}) for kind in ("eagle", "eagle-ps", "medusa", "medusa-ps")),
+        ("eagle", {"attention": "dense"}),
+        ("eagle-ps", {"taps": [1], "layers": 2}),
+        ("eagle-ps", {"mask_mode": "shared"}),
+    ],
+)
+def test_rounds_are_those_of_decoding(target, written, kind, changes):
+    """Row 0's noise is that of a generation with the same seed: same text, same rounds."""
+    drafter = toys.drafter(kind, target, **changes)
+    ids, end = written["input_ids"][0].tolist(), int((written["document"][0] == 0).sum())
+    settings = Settings(
+        k=3, seed=SEED, temperature=0.7, max_new_tokens=40 - PREFIX, repeat_stop=0, stop_tokens=(toys.VOCAB - 1,)
+    )
+    done = speculative(target, drafter, ids[:PREFIX], settings)
+    assert done.tokens == ids[PREFIX:end]
+    found = recipe.rounds(drafter, written, PREFIX, 3, 0.7, SEED, settings.sharpen)
+    assert len(found) == 6 and len(found[0]) >= 4
+    assert found[0] == [r.accepted for r in done.rounds][: len(found[0])]
+
+
+def test_walk():
+    assert recipe.walk(np.array([2, 0, 1, 0, 0, 0]), 1, 7, 2) == [2, 0]
+    assert recipe.walk(np.array([3, 0, 0, 0, 1, 0, 0]), 1, 7, 1) == [1, 0, 0, 1]
+
+
+def test_tokens_per_step():
+    value, low, high, n = recipe.tokens_per_step([[2, 0], [1], [3, 3, 3]])
+    assert value == pytest.approx(1 + 12 / 6) and n == 6
+    assert 1.9 < low < value < high <= 4
+
+
+def test_variants_change_the_base():
+    base = dataclasses.replace(load("embedded").drafters["eagle-ps"], streak_weight=0.0, train=FitSpec(steps=9, rows=8))
+    spec = recipe.Variant("x", {"keep": 0.5, "learning_rate": 7e-3}).spec(base, 4)
+    assert spec == dataclasses.replace(base, keep=0.5, train=FitSpec(steps=4, rows=8, learning_rate=7e-3))
+    made = [variant.spec(base, 4) for variant in recipe.GRID if variant.responses == "corpus"]
+    assert sum(spec == made[0] for spec in made) == 1  # all but the base differ from it
+    with pytest.raises(UserError, match="did you mean 1 layer"):
+        recipe.select(["1 layers"])
+
+
+def test_a_grid_goes_on_where_it_was(target, tmp_path):
+    spec = DrafterSpec(kind="eagle-ps", k=4, train=FitSpec(steps=2, rows=2, warmup=1, log_every=1))
+    rows = as_batch(toys.rows(6, 40))
+    rows["document"].zero_()
+    study = SimpleNamespace(
+        results=tmp_path / "own",
+        root=tmp_path,
+        profile=dataclasses.replace(load("smoke"), name="toy", drafters={"eagle-ps": spec}),
+        target=lambda: target,
+        _training_rows=lambda name="target": (rows, rows),
+    )
+    two = [recipe.Variant("base"), recipe.Variant("shared masks", {"mask_mode": "shared"})]
+    assert recipe.load(study).empty
+    first = recipe.run(study, two[:1], 2, [1], PREFIX)
+    assert list(first.columns) == list(recipe.COLUMNS) and set(first.variant) == {"base"}
+    calls, recipe_train = [], recipe.train_variant
+    try:
+        recipe.train_variant = lambda spec, *a, **k: calls.append(spec.mask_mode) or recipe_train(spec, *a, **k)
+        both = recipe.run(study, two, 2, [1], PREFIX)
+    finally:
+        recipe.train_variant = recipe_train
+    assert calls == ["shared"]
+    pd.testing.assert_frame_equal(recipe.load(study), both, check_dtype=False)
+    table = recipe.compare(both)
+    values = table.set_index("variant").tokens_per_step
+    assert set(table.k) == {4} and (table.tokens == 2 * 2 * 40).all()
+    assert table.set_index("variant").gain["shared masks"] == pytest.approx(values["shared masks"] - values["base"])
+
+
+def test_noise_stays_within_its_limit():
+    assert recipe.ROWS * recipe.ROW <= 2**28
+    assert torch.equal(
+        recipe.gumbels(1, torch.tensor([2]), 3, 5)[0, 1], recipe.gumbels(1, torch.tensor([2]), 2, 5)[0, 1]
+    )
