@@ -15,12 +15,13 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from psnb import decode, manifest
+from psnb import drafters as models
 from psnb.cache import KVCache
 from psnb.decode import Generation, Sampler, Settings, Stops, autoregressive, speculative
 from psnb.drafters import Drafter
 from psnb.errors import UserError
-from psnb.profile import nearest
-from psnb.target import Target
+from psnb.profile import DrafterSpec, TargetSpec, nearest
+from psnb.target import Target, untrained
 from psnb.tree import Candidates, Plan
 from psnb.verify import Noise, coupled_acceptance, coupled_bounds, perturb, warp
 
@@ -300,6 +301,16 @@ def gap(target: Target, prefix: Sequence[int], settings: Settings) -> float:
     features = target.features(ids, torch.arange(ids.shape[1], device=target.device)[None], None)
     best = Sampler(target, settings).worth(target.logits(features[0, -1:]), len(prefix)).topk(2).values[0]
     return (best[0] - best[1]).item()
+
+
+def toys(own: dict[str, Drafter], count: int, seed: int) -> tuple[Target, dict[str, Drafter], list[dict[str, Any]]]:
+    """For proofs in float64: a random Llama, untrained drafters of the same names and kinds, and `count` prompts."""
+    shape = TargetSpec(hidden_size=32, layers=2, heads=4, kv_heads=2, intermediate_size=48, context=256)
+    toy = untrained(shape, 61, next(iter(own.values())).target.tokenizer, seed)
+    torch.manual_seed(seed)
+    made = {name: models.build(DrafterSpec(kind=d.spec.kind, k=4), toy).double().eval() for name, d in own.items()}
+    prompts = [[(7 * i + j * j) % 61 for j in range(5 + i)] for i in range(count)]
+    return toy, made, [{"id": str(i), "family": "random", "input_ids": ids} for i, ids in enumerate(prompts)]
 
 
 def against_plain(runs: pd.DataFrame, target: Target, prompts: Sequence[Any]) -> pd.DataFrame:

@@ -109,6 +109,25 @@ def lossless(summary: pd.DataFrame) -> pd.DataFrame:
     return table.reindex(columns=dict.fromkeys(kinds.values())).fillna(0).astype(int).reset_index()
 
 
+def divergences(beside: pd.DataFrame) -> pd.DataFrame:
+    """Of `measure.against_plain`: generations, how many diverge, and the gap of the two best scores where they do."""
+    by = beside.groupby(["temperature", "method", "tree"])
+    return by.agg(
+        generations=("differs", "size"),
+        diverging=("differs", "sum"),
+        median_gap=("gap", "median"),
+        largest_gap=("gap", "max"),
+    ).reset_index()
+
+
+def rules(summary: pd.DataFrame) -> pd.DataFrame:
+    """Tokens per step by method, tree and k: a column a rule."""
+    rows = with_k(pick(summary, task="all"))
+    rows = rows[rows.metric.str.endswith("tokens_per_step") & (rows.k > 0)]
+    rule = rows.metric.str.removesuffix("tokens_per_step").str.strip("_").replace("", "coupled")
+    return rows.assign(rule=rule).pivot(index=["method", "tree", "k"], columns="rule", values="value").reset_index()
+
+
 def goals(summary: pd.DataFrame, k: int = 5) -> pd.DataFrame:
     """What the study set out to show: goal, wanted, measured, met (yes, no or not measured)."""
     growth, counts, at = drafting(summary), lossless(summary), best(summary)

@@ -23,7 +23,7 @@ def code(book):
     return [cell for cell in book.cells if cell.cell_type == "code"]
 
 
-def test_the_five_are_there():
+def test_all_are_there():
     names = [path.stem for path in PATHS]
     assert names[:4] == ["01_target", "02_train_drafters", "03_draft_length", "04_speedup"]
     assert names[-1].endswith("_report") and [name[:2] for name in names] == [

@@ -15,7 +15,7 @@ from psnb.errors import UserError
 from psnb.profile import DrafterSpec, FitSpec, load
 from psnb.target import as_batch
 
-PREFIX, SEED = 5, 3
+PREFIX, SEED = 5, 4
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_rounds_are_those_of_decoding(target, written, kind, changes):
     )
     done = speculative(target, drafter, ids[:PREFIX], settings)
     assert done.tokens == ids[PREFIX:end]
-    found = recipe.rounds(drafter, written, PREFIX, 3, 0.7, SEED, settings.sharpen)
+    found = recipe.rounds(drafter, written, PREFIX, 3, 0.7, SEED, settings.sharpness)
     assert len(found) == 6 and len(found[0]) >= 4
     assert found[0] == [r.accepted for r in done.rounds][: len(found[0])]
 
