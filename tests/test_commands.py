@@ -1,5 +1,6 @@
 """The command line, the two `make` commands' plumbing, and what a user's mistakes look like."""
 
+import functools
 import os
 import re
 import signal
@@ -153,7 +154,10 @@ def test_failing_notebook_is_kept_and_the_rest_reused(toy, capsys, plain_report,
 def test_stopped_in_a_notebook(toy, number):
     """Ctrl-C is one line and code 130; after a kill too the next run goes on at the notebook that died."""
     words = [sys.executable, "-m", "psnb", "run", "--profile", "toy.toml", "-p", "02_second.fail=wait"]
-    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # where the tests themselves run in the background, Ctrl-C is ignored, and children inherit that
+    heard = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(words, preexec_fn=heard, **pipes)
     for line in running.stdout:
         if line.startswith("waiting"):
             break
