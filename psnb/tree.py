@@ -53,7 +53,9 @@ class Tree(NamedTuple):
 
 
 def ancestry(parent: Tensor, depth: int) -> Tensor:
-    """parent [N] -> bool [N + 1, N + 1], True where a row sees a row: itself and its ancestors, at most `depth` up.
+    """parent [N] -> bool [N + 1, N + 1], True where a row sees a row: itself and its ancestors.
+
+    depth: of the deepest node.
 
     parent [0, 0, 1] (two children of the root, one of the first):
 
@@ -62,14 +64,11 @@ def ancestry(parent: Tensor, depth: int) -> Tensor:
         1     1 0 1 0
         2     1 1 0 1
     """
-    up = torch.cat([parent.new_zeros(1), parent])
-    rows = torch.arange(len(up), device=parent.device)
-    mask = rows[:, None] == rows[None, :]
-    at = rows
-    for _ in range(depth):
-        at = up[at]
-        mask[rows, at] = True
-    return mask
+    sees = torch.eye(len(parent) + 1, device=parent.device)
+    sees[1:].scatter_(1, parent[:, None], 1.0)
+    for _ in range((depth - 1).bit_length()):  # squares: 1, 2, 4, ... steps up
+        sees = (sees @ sees).clamp_(max=1.0)
+    return sees > 0
 
 
 def paths(kind: str, k: int, nodes: int) -> list[tuple[int, ...]]:
