@@ -1,11 +1,20 @@
-"""Keys and values of fixed capacity: rows are appended by a forward and taken back by `crop`."""
+"""Keys and values of fixed capacity: rows are appended by a forward and taken back by `crop`.
+
+`KVCache` counts its rows in Python. `StaticCache` holds B sequences whose lengths are on the device, so that nothing in
+a round waits for it; with it comes an attention of few queries over many keys.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from psnb.errors import UserError
@@ -71,6 +80,24 @@ class KVCache(Cache):
         for layer in self.layers:
             layer.crop(length)
 
+    def layout(
+        self, r: int, device: torch.device, seen: Tensor | None = None, ahead: int = 0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Position ids [1, r] and mask bool [1, 1, r, keys] (None: all keys) of the r rows that follow.
+
+        Each sees the cache and the rows up to itself. With `seen`, bool [r, s], they are nodes of one level of a tree:
+        they see every row but the last s, of those what `seen` says, and all stand `ahead` places after the former.
+        """
+        held = self.length
+        if seen is not None:
+            real = held + r - seen.shape[1]
+            place = torch.full((1, r), real + ahead, device=device)
+            return place, torch.cat([seen.new_ones(r, real), seen], 1)[None, None]
+        place = torch.arange(held, held + r, device=device)[None]
+        if r == 1:
+            return place, None
+        return place, torch.ones(1, 1, r, held + r, dtype=torch.bool, device=device).tril(held)
+
     def commit(self, held: int, path: Tensor, length: int) -> None:
         """Of the rows after the first `held` keep those at `path` [r], in this order, and of all the first `length`.
 
@@ -80,3 +107,144 @@ class KVCache(Cache):
             for rows in (layer.keys, layer.values):
                 rows[:, :, held : held + len(path)] = rows[:, :, held + path]
         self.crop(length)
+
+
+# --- static shapes --------------------------------------------------------------------------------------------------
+
+ATTENTION = ("sdpa", "bmm", "flex")
+BLOCK = 128  # keys in a block of flex attention
+
+
+class StaticCache(Cache):
+    """Keys and values of B sequences, `length` [B] rows of each held: a tensor, as nothing here asks the device.
+
+    All layers are one tensor [2 * layers, B, heads, capacity, head_dim], keys and values in turn. A forward is laid
+    out by `layout`, writes its rows where that says, and sees the first `bucket` rows under the mask made there.
+    """
+
+    def __init__(
+        self, layers: int, batch: int, heads: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(layers=[])
+        self.rows = torch.zeros(2 * layers, batch, heads, capacity, width, dtype=dtype, device=device)
+        self.length = torch.zeros(batch, dtype=torch.long, device=device)
+        self.bucket = capacity
+        self.groups = 1  # query heads that share a key head
+        self.attention = "sdpa"
+        self._count = torch.arange(capacity, device=device)
+
+    def load(self, row: int, cache: KVCache) -> None:
+        """Copy the rows held by the cache of one sequence to the front of sequence `row`."""
+        for index, layer in enumerate(cache.layers):
+            if layer.is_initialized:
+                for rows, held in ((self.rows[2 * index], layer.keys), (self.rows[2 * index + 1], layer.values)):
+                    rows[row, :, : layer.length] = held[0, :, : layer.length]
+
+    def crop(self, length: Tensor) -> None:
+        """Hold the first `length` [B] rows; the others are overwritten by what comes next."""
+        self.length = length
+
+    def layout(
+        self, r: int, device: torch.device, seen: Tensor | None = None, ahead: int | Tensor = 0
+    ) -> tuple[Tensor, Tensor | BlockMask]:
+        """Position ids [B, r] of the r rows that follow, and the mask that `attend` takes, as `KVCache.layout` does.
+
+        `seen` is bool [r, s] or [B, r, s], `ahead` may differ by row: int, [r] or [B, r].
+        """
+        start, count, bucket = self.length[:, None], self._count, self.bucket
+        batch, at = len(start), start + count[:r]
+        if seen is None:
+            place, sees = at, count[:bucket] <= at[..., None]
+        else:
+            s = seen.shape[-1]
+            real = start + (r - s)
+            place = (real + ahead).expand(batch, r)
+            # a sequence that is done may stand beyond the bucket: its rows see anything, its keys land within
+            own = (real + count[:s]).clamp(max=bucket - 1)[:, None].expand(batch, r, s)
+            sees = (count[:bucket] < real[..., None]).expand(batch, r, bucket).scatter(2, own, seen.expand(batch, r, s))
+        self._at = at[:, None, :, None]
+        self.length = self.length + r
+        return place, self._mask(sees, r)
+
+    def _mask(self, sees: Tensor, r: int) -> Tensor | BlockMask:
+        """sees bool [B, r, bucket] in the form that suits the kind of attention."""
+        if self.attention == "flex":
+            blocks = -(-self.bucket // BLOCK)
+            used = ((self.length + BLOCK - 1) // BLOCK).clamp(max=blocks).int()[:, None, None]
+            order = torch.arange(blocks, dtype=torch.int32, device=sees.device).expand(len(used), 1, 1, -1).contiguous()
+
+            def visible(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
+                return sees[b, row, key]
+
+            return BlockMask.from_kv_blocks(
+                used, order, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(r, self.bucket)
+            )
+        return sees.to(self.rows.dtype).log()[:, None].repeat(1, 1, self.groups, 1)  # 0 and -inf
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write [B, heads, r, head_dim] where `layout` said; return the first `bucket` rows."""
+        keys, values = self.rows[2 * layer_idx], self.rows[2 * layer_idx + 1]
+        at = self._at.expand_as(key_states)
+        keys.scatter_(2, at, key_states)
+        values.scatter_(2, at, value_states)
+        return keys[:, :, : self.bucket], values[:, :, : self.bucket]
+
+    def commit(self, held: Tensor, path: Tensor) -> None:
+        """Of the rows after the first `held` [B] bring those at `path` [B, r] to the front: one gather for all layers.
+
+        held 4, path [0, 2, 5]: rows 4, 6, 9 now stand at 4, 5, 6.
+        """
+
+        def index(at: Tensor) -> Tensor:
+            layers, _, heads, _, width = self.rows.shape
+            return at[None, :, None, :, None].expand(layers, -1, heads, -1, width)
+
+        taken = self.rows.gather(3, index(held[:, None] + path))
+        self.rows.scatter_(3, index(held[:, None] + self._count[: path.shape[1]]), taken)
+
+
+def register(kind: str) -> str:
+    """Make `attend` of that kind known to transformers' layers; returns its name for `_attn_implementation`."""
+    name = f"psnb_{kind}"
+    AttentionInterface.register(name, functools.partial(attend, kind=kind))
+    return name
+
+
+@functools.cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask,
+    scaling: float | None = None,
+    kind: str = "sdpa",
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function for few queries over the keys of a `StaticCache`.
+
+    query [B, heads, r, D], key, value [B, groups, bucket, D] -> [B, r, heads, D]. The query heads that share a key head
+    stand one after the other as its rows, so keys are read once and never repeated in memory.
+    sdpa: torch's fused attention. bmm: two matrix products, which cut the keys among more of a GPU. flex: flex
+    attention, which skips the blocks of keys that are not used yet.
+    """
+    batch, heads, r, width = query.shape
+    scale = width**-0.5 if scaling is None else scaling
+    if kind == "flex":
+        flex = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
+        made = flex(query, key, value, block_mask=attention_mask, scale=scale, enable_gqa=heads != key.shape[1])
+        return made.transpose(1, 2).contiguous(), None
+    query = query.reshape(batch, key.shape[1], -1, width)
+    if kind == "sdpa":
+        made = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
+    else:
+        wide = torch.promote_types(query.dtype, torch.float32)
+        scores = (query * scale) @ key.mT + attention_mask
+        made = scores.softmax(-1, dtype=wide).to(value.dtype) @ value
+    return made.view(batch, heads, r, width).transpose(1, 2).contiguous(), None

@@ -235,7 +235,7 @@ class Sampler:
             if drawn:
                 # The shape may depend on q but not on the draws: ranks are worth the sorted q, tokens are drawn.
                 q = worth.softmax(-1)
-                noise = self.noise.drafts(self.start, plan.k)[slots].expand(len(worth), -1)
+                noise = self.noise.drafts(self.start, plan.k)[..., slots, :]
                 tokens = without_replacement(worth, noise, plan.width)
                 return Candidates(tokens, q.topk(plan.width).values.log(), q)
             if plan.width == 1:

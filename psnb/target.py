@@ -36,9 +36,12 @@ Mask = Tensor | BlockMask | None
 
 @contextlib.contextmanager
 def attention(model: nn.Module, mask: Mask) -> Iterator[None]:
-    """Inside, a block mask finds flex attention in `model`; any other mask finds what the model has."""
+    """Inside, a block mask finds flex attention in `model`; any other mask finds what the model has.
+
+    psnb's own attentions take their masks themselves.
+    """
     config, own = model.config, model.config._attn_implementation
-    if isinstance(mask, BlockMask):
+    if isinstance(mask, BlockMask) and not own.startswith("psnb_"):
         config._attn_implementation = "flex_attention"
     try:
         yield

@@ -35,7 +35,7 @@ class Candidates(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """A tree without its tokens: N nodes."""
+    """A tree without its tokens: N nodes. In a batch of trees a leading B stands before what differs among them."""
 
     parent: Tensor  # [N] row of the parent
     depth: Tensor  # [N] 1, 2, ...
@@ -53,7 +53,7 @@ class Tree(NamedTuple):
 
 
 def ancestry(parent: Tensor, depth: int) -> Tensor:
-    """parent [N] -> bool [N + 1, N + 1], True where a row sees a row: itself and its ancestors.
+    """parent [..., N] -> bool [..., N + 1, N + 1], True where a row sees a row: itself and its ancestors.
 
     depth: of the deepest node.
 
@@ -64,8 +64,9 @@ def ancestry(parent: Tensor, depth: int) -> Tensor:
         1     1 0 1 0
         2     1 1 0 1
     """
-    sees = torch.eye(len(parent) + 1, device=parent.device)
-    sees[1:].scatter_(1, parent[:, None], 1.0)
+    rows = parent.shape[-1] + 1
+    sees = torch.eye(rows, device=parent.device).expand(*parent.shape[:-1], rows, rows).contiguous()
+    sees[..., 1:, :].scatter_(-1, parent[..., None], 1.0)
     for _ in range((depth - 1).bit_length()):  # squares: 1, 2, 4, ... steps up
         sees = (sees @ sees).clamp_(max=1.0)
     return sees > 0
@@ -132,22 +133,24 @@ class BestFirst:
         self.first = torch.arange(sizes[0], device=device)
         self.rows = torch.arange(1, nodes + 1, device=device)
         self.kept = sum(sizes)
+        self.above = torch.where(self.above < 0, self.kept, self.above)  # of the first level: the root
         if self.kept < nodes:
             raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {self.kept} nodes there are")
 
     def __call__(self, scores: Tensor) -> Shape:
-        """scores [k, W] of the slots' candidates, descending -> the shape of the N best nodes."""
-        each = scores[self.slot, self.rank]  # of every pair
-        best, chosen = [each[: self.starts[1]]], [self.first]
+        """scores [..., k, W] of the slots' candidates, descending -> the shape of the N best nodes."""
+        lead = scores.shape[:-2]
+        each = scores[..., self.slot, self.rank]  # of every pair
+        best, chosen = [each[..., : self.starts[1]]], [self.first.expand(*lead, -1)]
         for i, start, end in zip(self.levels, self.starts[1:], self.starts[2:], strict=False):
-            values, order = (best[-1][i] + each[start:end]).sort(descending=True, stable=True)
-            best.append(values[: self.nodes])
-            chosen.append(order[: self.nodes] + start)
-        order = torch.cat(best).argsort(descending=True, stable=True)[: self.nodes]
-        row = torch.zeros(self.kept + 1, dtype=torch.long, device=scores.device)  # the last: the root's, 0
-        row[order] = self.rows
-        pair = torch.cat(chosen)[order]
-        parent = row[self.above[pair]]
+            values, order = (best[-1][..., i] + each[..., start:end]).sort(descending=True, stable=True)
+            best.append(values[..., : self.nodes])
+            chosen.append(order[..., : self.nodes] + start)
+        order = torch.cat(best, -1).argsort(descending=True, stable=True)[..., : self.nodes]
+        row = torch.zeros(*lead, self.kept + 1, dtype=torch.long, device=scores.device)  # the last: the root's, 0
+        row.scatter_(-1, order, self.rows.expand_as(order))
+        pair = torch.cat(chosen, -1).gather(-1, order)
+        parent = row.gather(-1, self.above[pair])
         return Shape(parent, self.slot[pair] + 1, self.rank[pair], ancestry(parent, self.k))
 
 
@@ -197,7 +200,11 @@ class Plan:
         return made
 
     def __call__(self, candidates: Candidates) -> Tree:
-        """The draft of a one-pass drafter: candidates of k slots [k, W] -> N nodes."""
+        """The draft of a one-pass drafter: candidates of k slots [..., k, W] -> N nodes."""
         shape = self.shape or self.builder(candidates.scores)
-        slot = shape.depth - 1
-        return Tree(candidates.tokens[slot, shape.rank], shape, candidates.q, slot)
+        slot, tokens = shape.depth - 1, candidates.tokens
+        if slot.ndim == 1:
+            tokens = tokens[..., slot, shape.rank]
+        else:
+            tokens = tokens.flatten(-2).gather(-1, slot * tokens.shape[-1] + shape.rank)
+        return Tree(tokens, shape, candidates.q, slot)

@@ -114,7 +114,7 @@ class Slots(Drafter):
         super().__init__(DrafterSpec(kind="medusa", k=len(table)), target)
         self.table = table
 
-    def marginals(self, features, next_ids, k, cache):
+    def marginals(self, features, next_ids, k, cache, valid=None):
         return self.table[:k, next_ids[0, -1]]
 
 

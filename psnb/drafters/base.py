@@ -58,19 +58,33 @@ class Drafter(nn.Module):
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
         """Decoding: put the real rows of features [1, m, H] and next_ids [1, m] into `cache`; draft nothing."""
 
-    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any) -> Tensor:
+    def marginals(
+        self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None
+    ) -> Tensor:
         """Decoding: add real rows (features [1, m, H], next_ids [1, m]); logits [k, V] of the k slots after the last.
 
-        `cache` then holds the real rows alone.
+        `cache` then holds the real rows alone. With `valid` [B], features [B, m, H] and next_ids [B, m] are of B
+        sequences, of each the first `valid` rows count (others leave no trace), and the logits are [B, k, V].
         """
         raise NotImplementedError
 
-    def draft(self, features: Tensor, next_ids: Tensor, plan: Plan, choose: Choose, cache: Any) -> Tree:
+    def draft(
+        self, features: Tensor, next_ids: Tensor, plan: Plan, choose: Choose, cache: Any, valid: Tensor | None = None
+    ) -> Tree:
         """Decoding: add real rows and draft the tree of `plan` after the last of them, in one pass.
 
-        `choose` turns logits into candidates. `cache` then holds the real rows alone.
+        `choose` turns logits into candidates. `cache` then holds the real rows alone. `valid`: see `marginals`; then
+        the tree's tensors have a leading B, but for what is the same in all trees.
         """
-        return plan(choose(self.marginals(features, next_ids, plan.k, cache), slice(0, plan.k)))
+        return plan(choose(self.marginals(features, next_ids, plan.k, cache, valid), slice(0, plan.k)))
+
+
+def last(rows: Tensor, valid: Tensor | None, count: int = 1) -> Tensor:
+    """The last `count` of the first `valid` [B] rows (None: of all): rows [B, m, H] -> [B, count, H]."""
+    if valid is None:
+        return rows[:, -count:]
+    at = valid[:, None] + torch.arange(-count, 0, device=rows.device)
+    return rows.take_along_dim(at[..., None], 1)
 
 
 class Layers(nn.Module):
@@ -109,22 +123,8 @@ class Layers(nn.Module):
         return self.norm(hidden)
 
     def extend(self, hidden: Tensor, cache: Any, seen: Tensor | None = None, ahead: int = 0) -> Tensor:
-        """Decoding: rows [1, r, H] that follow the cached ones.
-
-        Each sees the cache and the rows up to itself. With `seen`, bool [r, s], they are nodes of one level of a tree:
-        they see every row but the last s, of those what `seen` says, and all stand `ahead` places after the former.
-        """
-        held, r = cache.length, hidden.shape[1]
-        if seen is not None:
-            real = held + r - seen.shape[1]
-            place = torch.full((1, r), real + ahead, device=hidden.device)
-            mask = torch.cat([seen.new_ones(r, real), seen], 1)[None, None]
-            return self(hidden, place, mask, cache)
-        place = torch.arange(held, held + r, device=hidden.device)[None]
-        mask = None
-        if r > 1:
-            mask = torch.ones(1, 1, r, held + r, dtype=torch.bool, device=hidden.device).tril(held)
-        return self(hidden, place, mask, cache)
+        """Decoding: rows [B, r, H] that follow the cached ones, laid out by `cache.layout`, which see."""
+        return self(hidden, *cache.layout(hidden.shape[1], hidden.device, seen, ahead), cache)
 
 
 def start_norm(layers: Layers, target: Target) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Choose, Drafter, Layers, Mask, start_norm
+from psnb.drafters.base import Choose, Drafter, Layers, Mask, last, start_norm
 from psnb.profile import DrafterSpec
 from psnb.target import Target
 from psnb.tree import Plan, Shape, Tree, ancestry
@@ -40,60 +40,76 @@ class Eagle(Drafter):
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
         self.body.extend(self.fuse(features, next_ids), cache)
 
-    def draft(self, features: Tensor, next_ids: Tensor, plan: Plan, choose: Choose, cache: Any) -> Tree:
+    def draft(
+        self, features: Tensor, next_ids: Tensor, plan: Plan, choose: Choose, cache: Any, valid: Tensor | None = None
+    ) -> Tree:
         """k passes, each over the nodes that the level above left to be expanded (one, in a chain)."""
-        hidden = self.body.extend(self.fuse(features, next_ids), cache)[:, -1:]
-        real = cache.length
+        real = cache.length + (features.shape[1] if valid is None else valid)
+        hidden = last(self.body.extend(self.fuse(features, next_ids), cache), valid)
+        cache.crop(real)
         grow = self._grow if plan.kind == "dynamic" else self._fill
-        made = grow(hidden, plan, choose, cache)
+        made = grow(hidden[0] if valid is None else hidden, plan, choose, cache)
         cache.crop(real)
         return made
 
     def _fill(self, hidden: Tensor, plan: Plan, choose: Choose, cache: Any) -> Tree:
-        """A chain or a static tree."""
+        """A chain or a static tree, from the last real row [1, H], or from those of B sequences [B, 1, H]."""
         tokens, draws, drawn, before = [], [], [], 0
         seen = None if plan.kind == "chain" else torch.zeros(1, 0, dtype=torch.bool, device=hidden.device)
         for level, (of, rank, keep) in enumerate(plan.levels, start=1):
-            found = choose(self.logits(hidden[0], level - 1), slice(level - 1, level))
-            tokens.append(found.tokens[of, rank])
+            found = choose(self.logits(hidden, level - 1), slice(level - 1, level))
+            tokens.append(found.tokens[..., of, rank])
             draws.append(of + before)
             drawn.append(found.q)
-            before += len(found.tokens)
+            before += found.tokens.shape[-2]
             if level < plan.k:
                 fed = tokens[-1]
                 if seen is not None:
-                    fed, of = fed[keep], of[keep]
+                    fed, of = fed[..., keep], of[keep]
                     seen = torch.cat([seen[of], torch.eye(len(keep), dtype=torch.bool, device=seen.device)], 1)
-                    hidden = hidden[:, of]
-                hidden = self.body.extend(self.fuse(hidden, fed[None]), cache, seen, level - 1)
-        q = None if drawn[0] is None else torch.cat(drawn)
-        return Tree(torch.cat(tokens), plan.shape, q, torch.cat(draws))
+                    hidden = hidden[..., of, :]
+                hidden = _level(self, hidden, fed, cache, seen, level - 1)
+        q = None if drawn[0] is None else torch.cat(drawn, -2)
+        return Tree(torch.cat(tokens, -1), plan.shape, q, torch.cat(draws))
 
     def _grow(self, hidden: Tensor, plan: Plan, choose: Choose, cache: Any) -> Tree:
-        """EAGLE-2's dynamic tree (arXiv 2406.16858): expand the best nodes of each level, keep the best N of all."""
-        beam, device = plan.beam, hidden.device
+        """EAGLE-2's dynamic tree (arXiv 2406.16858): expand the best nodes of each level, keep the best N of all.
+
+        From the last real row [1, H], or from those of B sequences [B, 1, H].
+        """
+        beam, device, lead = plan.beam, hidden.device, hidden.shape[:-2]
         worth = torch.zeros(1, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
-        seen = torch.zeros(1, 0, dtype=torch.bool, device=device)
-        expanded = torch.full((1,), -1, device=device)  # where the rows of this level stand among all nodes; -1: root
+        seen = torch.zeros(*lead, 1, 0, dtype=torch.bool, device=device)
+        expanded = torch.full((*lead, 1), -1, device=device)  # where this level's rows stand among all nodes; -1: root
         tokens, scores, parents, ranks, depths, before = [], [], [], [], [], 0
         for level in range(1, plan.k + 1):
-            found = choose(self.logits(hidden[0], level - 1), slice(level - 1, level))
-            path = (worth[:, None] + found.scores[:, :beam]).flatten()
-            row = torch.arange(len(found.tokens), device=device).repeat_interleave(beam)
-            tokens.append(found.tokens[:, :beam].flatten())
+            found = choose(self.logits(hidden, level - 1), slice(level - 1, level))
+            rows = found.tokens.shape[-2]
+            path = (worth[..., None] + found.scores[..., :beam]).flatten(-2)
+            row = torch.arange(rows, device=device).repeat_interleave(beam)
+            tokens.append(found.tokens[..., :beam].flatten(-2))
             scores.append(path)
-            parents.append(expanded[row])
-            ranks.append(torch.arange(beam, device=device).repeat(len(found.tokens)))
+            parents.append(expanded[..., row])
+            ranks.append(torch.arange(beam, device=device).repeat(rows))
             depths.append(torch.full_like(row, level))
             if level < plan.k:
-                best = path.argsort(descending=True, stable=True)[:beam]
-                worth, of, expanded = path[best], row[best], best + before
-                seen = torch.cat([seen[of], torch.eye(len(best), dtype=torch.bool, device=device)], 1)
-                hidden = self.body.extend(self.fuse(hidden[:, of], tokens[-1][best][None]), cache, seen, level - 1)
-            before += len(path)
-        order = torch.cat(scores).argsort(descending=True, stable=True)[: plan.nodes]
-        row = torch.zeros(before + 1, dtype=torch.long, device=device)
-        row[order] = torch.arange(1, plan.nodes + 1, device=device)
-        parent = row[torch.cat(parents)[order]]
+                best = path.argsort(descending=True, stable=True)[..., :beam]
+                worth, of, expanded = path.gather(-1, best), row[best], best + before
+                itself = torch.eye(best.shape[-1], dtype=torch.bool, device=device).expand(*lead, -1, -1)
+                seen = torch.cat([seen.take_along_dim(of[..., None], -2), itself], -1)
+                hidden = hidden.take_along_dim(of[..., None], -2)
+                hidden = _level(self, hidden, tokens[-1].gather(-1, best), cache, seen, level - 1)
+            before += path.shape[-1]
+        order = torch.cat(scores, -1).argsort(descending=True, stable=True)[..., : plan.nodes]
+        numbers = torch.arange(1, plan.nodes + 1, device=device).expand_as(order)
+        row = torch.zeros(*lead, before + 1, dtype=torch.long, device=device).scatter_(-1, order, numbers)
+        parent = row.gather(-1, torch.cat(parents, -1).gather(-1, order) % (before + 1))  # the last row: the root's, 0
         shape = Shape(parent, torch.cat(depths)[order], torch.cat(ranks)[order], ancestry(parent, plan.k))
-        return Tree(torch.cat(tokens)[order], shape, None, parent)
+        return Tree(torch.cat(tokens, -1).gather(-1, order), shape, None, parent)
+
+
+def _level(of: Eagle, hidden: Tensor, fed: Tensor, cache: Any, seen: Tensor | None, ahead: int) -> Tensor:
+    """One pass over the nodes of a level: hidden of their parents [(B,) r, H], tokens [(B,) r] -> [(B,) r, H]."""
+    if hidden.ndim == 2:
+        return of.body.extend(of.fuse(hidden[None], fed[None]), cache, seen, ahead)[0]
+    return of.body.extend(of.fuse(hidden, fed), cache, seen, ahead)

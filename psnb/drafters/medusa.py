@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psnb.drafters.base import Drafter, Mask
+from psnb.drafters.base import Drafter, Mask, last
 from psnb.profile import DrafterSpec
 from psnb.target import Target
 
@@ -38,6 +38,8 @@ class Medusa(Drafter):
     def logits(self, hidden: Tensor, slot: int) -> Tensor:
         return self.project[slot](hidden + F.silu(self.residual[slot](hidden)))
 
-    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any) -> Tensor:
-        last = features[0, -1:]
-        return torch.cat([self.logits(last, slot) for slot in range(k)])
+    def marginals(
+        self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None
+    ) -> Tensor:
+        row = features[0, -1:] if valid is None else last(features, valid)
+        return torch.cat([self.logits(row, slot) for slot in range(k)], -2)

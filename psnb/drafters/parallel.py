@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Drafter, Layers, Mask, start_norm
+from psnb.drafters.base import Drafter, Layers, Mask, last, start_norm
 from psnb.drafters.eagle import Eagle
 from psnb.profile import DrafterSpec
 from psnb.target import Target
@@ -28,7 +28,8 @@ class Parallel(Drafter):
 
     def mask_index(self, count: int) -> Tensor:
         """Which learned mask stands at masks 1..count: [0, 1, ...] (distinct) or all 0 (shared)."""
-        return torch.arange(count) * (self.spec.mask_mode == "distinct")
+        device = self.target.device
+        return torch.arange(count, device=device) * (self.spec.mask_mode == "distinct")
 
     def rows(
         self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Mask
@@ -40,12 +41,24 @@ class Parallel(Drafter):
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
         self.body.extend(self.real(features, next_ids), cache)
 
-    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any) -> Tensor:
-        masks = k - 1 - self.first_slot
-        inputs = torch.cat([self.real(features, next_ids), self.mask_inputs()[None, :masks]], 1)
-        hidden = self.body.extend(inputs, cache)[0, -k:]
-        cache.crop(cache.length - masks)
-        return self.logits(hidden, 0)
+    def marginals(
+        self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None
+    ) -> Tensor:
+        (batch, m, _), masks, held = features.shape, k - 1 - self.first_slot, cache.length
+        masked = self.mask_inputs()[None, :masks].expand(batch, -1, -1)
+        inputs = torch.cat([self.real(features, next_ids), masked], 1)
+        if valid is None:
+            hidden = self.body.extend(inputs, cache)[0, -k:]
+            cache.crop(held + m)
+            return self.logits(hidden, 0)
+        # The masks follow the last valid row; what does not count comes after them, where nothing sees it.
+        # m = 3, valid 2, masks 2: rows 0 1 3 4 2
+        row = torch.arange(m + masks, device=inputs.device)
+        late = row - valid[:, None]
+        order = torch.where(late < 0, row, torch.where(late < masks, late + m, row - masks))
+        hidden = self.body.extend(inputs.take_along_dim(order[..., None], 1), cache)
+        cache.crop(held + valid)
+        return self.logits(last(hidden, valid + masks, k), 0)
 
 
 class EaglePS(Parallel):

@@ -1,0 +1,450 @@
+"""The round of `decode` with static shapes, so that a whole round can be one CUDA graph.
+
+Draft, tree, verification and commit are those of `decode`; what differs is where the state is. Lengths, tokens that
+wait and features are on the device, and the host reads what was accepted every few rounds only. A sequence whose cache
+holds `held` rows knows held + 1 tokens. The drafter is yet to be shown the last `valid` of them (`following`, with
+the features that gave them), the newest of which is the root of the round. B sequences advance each at its own pace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from psnb import cache as caches
+from psnb.cache import KVCache, StaticCache
+from psnb.decode import Generation, Round, Sampler, Settings, Stops, _depths, _forward, check
+from psnb.drafters import Drafter
+from psnb.drafters.base import last
+from psnb.errors import UserError
+from psnb.profile import nearest
+from psnb.target import Target
+from psnb.tree import Plan, Shape, Tree
+from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform, walk
+
+FIRST = 256  # rows of the smallest bucket
+PARTS = ("draft", "verify", "walk", "commit")  # of a round
+
+
+class _Given:
+    """What `decode.Sampler` asks of its noise, made beforehand: positions count from the round's first."""
+
+    def __init__(self, dtype: torch.dtype, parts: dict[str, Tensor]) -> None:
+        self.dtype, self.parts = dtype, parts
+
+    def rows(self, start: int, count: int) -> Tensor:
+        return self.parts["rows"][..., start : start + count, :]
+
+    def drafts(self, start: int, count: int) -> Tensor:
+        return self.parts["drafts"]
+
+    def accepts(self, start: int, depth: int, width: int) -> Tensor:
+        return self.parts["accepts"]
+
+    def emit(self, start: int) -> Tensor:
+        return self.parts["emit"]
+
+
+def refuse(target: Target) -> None:
+    """Raises `UserError` for a target whose state is more than the keys and values of each token."""
+    config, model = target.config, target.model
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if getattr(model, "_is_stateful", False) or kinds:
+        what = ", ".join(sorted(kinds)) or config.model_type
+        raise UserError(f"the engine needs plain attention in every layer, this target has {what}: use decode.py")
+    if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
+        raise UserError("the engine decodes decoder-only targets: this one attends to an encoder; use another")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in ("dynamic", "longrope"):
+        raise UserError(f"{rope} RoPE changes with the length, which a graph cannot: use decode.py")
+
+
+class Engine:
+    """Plain (`drafter` None) or speculative decoding of `batch` sequences, with the results of `decode`.
+
+    capacity: rows of the cache (0: what the target's context needs). every: rounds between two looks of the host.
+    graph: rounds are CUDA graphs, one for each bucket of rows that attention sees (None: on a GPU). attention: see
+    `cache.attend`. Raises `UserError` for what cannot work.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        settings: Settings,
+        batch: int = 1,
+        capacity: int = 0,
+        every: int = 8,
+        graph: bool | None = None,
+        compile_layers: bool = False,
+        attention: str = "sdpa",
+        buckets: Sequence[int] = (),
+    ) -> None:
+        if attention not in caches.ATTENTION:
+            raise UserError(f"unknown attention {attention!r}; {nearest(attention, caches.ATTENTION)}")
+        if batch < 1 or every < 1:
+            raise UserError(f"batch = {batch}, every = {every}: both are 1 or more")
+        check(target, [0], dataclasses.replace(settings, max_new_tokens=1), drafter)
+        refuse(target)
+        device = target.device
+        self.graph = device.type == "cuda" if graph is None else graph
+        if self.graph and device.type != "cuda":
+            raise UserError(f"graph = True, but the target is on {device}: CUDA graphs need a GPU")
+        self.target, self.drafter, self.settings = target, drafter, settings
+        self.batch, self.every, self.attention = batch, every, attention
+        self.sampler = Sampler(target, settings)
+        self.plan, self.depth, nodes, scratch, taps = None, 0, 0, 0, ()
+        if drafter is not None:
+            of = settings
+            self.plan = Plan(of.tree, of.k, of.nodes, target.vocab_size, device=device)
+            self.depth, nodes, taps = self.plan.k, self.plan.nodes, drafter.spec.taps
+            scratch = self.depth + drafter.k + (self.depth * self.plan.beam if of.tree == "dynamic" else 0)
+        self.margin = max(nodes + 1, scratch)  # rows beyond the known tokens that a round may write
+        need = target.context + self.margin
+        self.capacity = capacity or -(-need // 64) * 64
+        if self.capacity > -(-need // 64) * 64:
+            raise UserError(
+                f"capacity {capacity} goes beyond the target's context or sliding window of {target.context}: lower it"
+            )
+        sizes = [FIRST << i for i in range(24)] if not buckets else sorted(buckets)
+        self.buckets = [b for b in sizes if b < self.capacity] + [self.capacity]
+        self.cache, self.own = self._caches()
+        self.taps = taps
+        width = (1 + len(taps)) * target.hidden_size
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.zeros(*shape, dtype=dtype, device=device)
+
+        self.held, self.valid, self.limit, self.seeds = (zeros(batch) for _ in range(4))
+        self.following = zeros(batch, self.depth + 1)
+        self.features = zeros(batch, self.depth + 1, width, dtype=target.dtype)
+        self.fixed = self.plan is None or self.plan.shape is not None
+        self.log = zeros(every, batch, 2 + self.depth + 1 + nodes * (1 if self.fixed else 2))
+        self.step = zeros(1)
+        self.state = (self.held, self.valid, self.following, self.features, self.log, self.step)
+        self.trace: Tensor | None = None
+        self.capture_seconds = 0.0
+        self._runs: dict[int, Callable[[], None]] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.graph else None
+        self._compiled = self._compile() if compile_layers else {}
+        self._gumbel = torch.compile(gumbel) if compile_layers else gumbel
+
+    def _caches(self) -> tuple[StaticCache, StaticCache | None]:
+        def made(layers: int, config: Any, like: Tensor) -> StaticCache:
+            heads = config.num_attention_heads
+            keys = getattr(config, "num_key_value_heads", None) or heads
+            width = getattr(config, "head_dim", None) or config.hidden_size // heads
+            found = StaticCache(layers, self.batch, keys, self.capacity, width, like.dtype, like.device)
+            found.groups, found.attention = heads // keys, self.attention
+            return found
+
+        body = getattr(self.drafter, "body", None)
+        weight = self.target.model.get_input_embeddings().weight
+        own = None if body is None else made(len(body.layers), body.rotary.config, body.norm.weight)
+        return made(self.target.layers, self.target.config, weight), own
+
+    # --- the round ---------------------------------------------------------------------------------------------------
+
+    def _draft(self) -> Tree | None:
+        if self.drafter is None:
+            return None
+        if self.own is not None:
+            self.own.length = (self.held - self.valid).clamp(min=0)
+        self.sampler.noise = _Given(self.sampler.noise.dtype, self._noise())
+        return self.drafter.draft(
+            self.features, self.following, self.plan, self.sampler.propose(self.plan), self.own, self.valid
+        )
+
+    def _noise(self) -> dict[str, Tensor]:
+        """The noise of a round, each with a leading B (see `verify.Noise`)."""
+        of, plan, dtype, vocab = self.settings, self.plan, self.sampler.noise.dtype, self.target.vocab_size
+        start, batch, made = self.held + 1, self.batch, {}
+        if of.temperature == 0:
+            return made
+        if plan is None or of.rule == "coupled":
+            count = self.depth + 1
+            at = (start[:, None] + torch.arange(count, device=start.device)).flatten()
+            rows = self._gumbel(self.seeds.repeat_interleave(count), at, vocab, dtype)
+            return {"rows": rows.view(batch, count, vocab)}
+        made["emit"] = self._gumbel(self.seeds, start, vocab, dtype, EMIT)
+        made["drafts"] = self._gumbel(self.seeds, start, plan.k * vocab, dtype, DRAFT).view(batch, plan.k, vocab)
+        draws = uniform(self.seeds, start, plan.k * plan.siblings, ACCEPT)
+        made["accepts"] = draws.view(batch, plan.k, plan.siblings)
+        return made
+
+    def _verify(self, tree: Tree | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The target's forward over the root and the tree: tokens fed [B, N + 1], features, logits."""
+        fed = last(self.following[..., None], self.valid)[..., 0]
+        seen, ahead = None, 0
+        if tree is not None:
+            fed = torch.cat([fed, tree.tokens], 1)
+            if self.plan.kind != "chain":
+                seen, ahead = tree.shape.mask, torch.nn.functional.pad(tree.shape.depth, (1, 0))
+        self.cache.length = self.held
+        place, mask = self.cache.layout(fed.shape[1], fed.device, seen, ahead)
+        features = self.target.features(fed, place, mask, self.cache, self.taps)
+        return fed, features, self.target.logits(features)
+
+    def _walk(self, tree: Tree | None, logits: Tensor) -> Verdict:
+        """Verdicts with a leading B: `decode`'s rule on every sequence, by vmap."""
+        sampler, plan, dtype = self.sampler, self.plan, self.sampler.noise.dtype
+        given: dict[str, Any] = {"logits": logits, "noise": self._noise() if tree is None else sampler.noise.parts}
+        if tree is not None:
+            given["tokens"] = tree.tokens
+            if not self.fixed:
+                given["shape"] = tuple(tree.shape)
+            if tree.q is not None:
+                given["q"] = tree.q
+            if tree.draw.ndim > 1:
+                given["draw"] = tree.draw
+            if self.trace is not None:
+                given["count"] = self.trace[self.step % len(self.trace)].expand(self.batch)
+
+        def one(of: dict[str, Any]) -> tuple[Tensor, ...]:
+            sampler.noise = _Given(dtype, of["noise"])
+            if tree is None:
+                token = sampler.choose(of["logits"], 0)
+                return torch.zeros_like(token), torch.zeros_like(token[0]), token[0]
+            shape = Shape(*of["shape"]) if "shape" in of else plan.shape
+            if "count" in of:  # replayed: the nodes down to that depth are what the target chose
+                chosen = sampler.choose(of["logits"], 0, None if plan.kind == "chain" else _depths(shape))
+                tokens = torch.where(shape.depth <= of["count"], chosen[shape.parent], -1)
+                return tuple(walk(tokens, shape.parent, shape.mask, chosen, plan.k))
+            draft = Tree(of["tokens"], shape, of.get("q"), of.get("draw", tree.draw))
+            return tuple(sampler.verdict(draft, of["logits"], plan))
+
+        if self.batch > 1:
+            return Verdict(*torch.vmap(one)(given))
+        return Verdict(*(part[None] for part in one(pytree.tree_map(lambda part: part[0], given))))
+
+    def _commit(self, tree: Tree | None, fed: Tensor, features: Tensor, verdict: Verdict) -> None:
+        path, count, token = verdict
+        if tree is not None and self.plan.kind != "chain":
+            self.cache.commit(self.held, path)
+        line = [count[:, None], token[:, None], path]
+        if tree is not None:
+            line += [tree.tokens] if self.fixed else [tree.tokens, tree.shape.parent]
+        self.log.index_copy_(0, self.step % self.every, torch.cat(line, 1)[None])
+        self.step += 1
+        slot = torch.arange(self.depth + 1, device=path.device)
+        after = torch.nn.functional.pad(fed.gather(1, path[:, 1:]), (0, 1))
+        self.following.copy_(torch.where(slot < count[:, None], after, token[:, None]))
+        self.features.copy_(features.take_along_dim(path[..., None], 1))
+        self.valid.copy_(count + 1)
+        self.held.copy_(torch.minimum(self.held + count + 1, self.limit))  # what is done runs on, but not for ever
+
+    def _round(self) -> None:
+        tree = self._draft()
+        fed, features, logits = self._verify(tree)
+        self._commit(tree, fed, features, self._walk(tree, logits))
+
+    # --- graphs ------------------------------------------------------------------------------------------------------
+
+    def _layers(self) -> list[torch.nn.Module]:
+        body = getattr(self.drafter, "body", None)
+        return [*getattr(self.target.model.base_model, "layers", ()), *(body.layers if body else ())]
+
+    def _compile(self) -> dict[torch.nn.Module, Callable[..., Any]]:
+        return {layer: torch.compile(layer.forward) for layer in self._layers()}
+
+    @contextlib.contextmanager
+    def _inside(self, bucket: int) -> Iterator[None]:
+        """Inside, target and drafter attend by `cache.attend` to `bucket` rows, and run their compiled layers."""
+        body, name = getattr(self.drafter, "body", None), caches.register(self.attention)
+        configs = [self.target.config] + ([body.rotary.config] if body is not None else [])
+        own = [config._attn_implementation for config in configs]
+        self.cache.bucket = bucket
+        if self.own is not None:
+            self.own.bucket = bucket
+        with contextlib.ExitStack() as stack:
+            if self._compiled:
+                # else every layer_idx and every bucket would count as a new layer
+                patch = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 256}
+                stack.enter_context(torch._dynamo.config.patch(patch))
+            try:
+                for config in configs:
+                    config._attn_implementation = name
+                for layer, forward in self._compiled.items():
+                    layer.forward = forward
+                yield
+            finally:
+                for config, before in zip(configs, own, strict=True):
+                    config._attn_implementation = before
+                for layer in self._compiled:
+                    del layer.forward
+
+    def _graphed(self, work: Callable[[], None]) -> Callable[[], None]:
+        """`work` as a CUDA graph; the state is as before, but for what `work` writes to tensors of its own."""
+        before = [part.clone() for part in self.state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            work()
+        for part, kept in zip(self.state, before, strict=True):
+            part.copy_(kept)
+        return graph.replay
+
+    def _run(self, reach: int) -> Callable[[], None]:
+        """A round for caches whose rows stay below `reach`: a graph, captured at its first use."""
+        bucket = next(b for b in self.buckets if b >= reach)
+        if bucket not in self._runs:
+            if not self.graph:
+
+                def work() -> None:
+                    with self._inside(bucket):
+                        self._round()
+
+                self._runs[bucket] = work
+            else:
+                began = time.perf_counter()
+                with self._inside(bucket):
+                    self._runs[bucket] = self._graphed(self._round)
+                torch.cuda.synchronize()
+                self.capture_seconds += time.perf_counter() - began
+        return self._runs[bucket]
+
+    # --- generation --------------------------------------------------------------------------------------------------
+
+    def replay(self, accepted: Tensor | None) -> None:
+        """Take counts of accepted nodes, int [R], in turn (again from the first after the last) instead of verdicts.
+
+        The work is the same; a count beyond the depth of the tree is cut to it. None: verify again.
+        """
+        if accepted is not None and (self.drafter is None or self.sampler.rule not in ("greedy", "coupled")):
+            raise UserError("a replay needs a drafter and the rule greedy or coupled")
+        self.trace = None if accepted is None else accepted.to(self.target.device, torch.long)
+        self._runs.clear()
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None) -> list[Generation]:
+        """What `decode` generates from these prompts with these seeds, `batch` at a time. Raises `UserError`.
+
+        Seconds: `prefill` is each one's own; `verify` (rounds until the host has read them) and `host` are those of
+        the batch. Capture is in `capture_seconds`.
+        """
+        seeds = [self.settings.seed] * len(prompts) if seeds is None else seeds
+        for prompt in prompts:
+            check(self.target, prompt, self.settings, self.drafter)
+            need = len(prompt) + self.settings.max_new_tokens + self.margin
+            if need > self.capacity:
+                raise UserError(f"the cache holds {self.capacity} rows, {need} are needed: raise its capacity")
+        made = []
+        for i in range(0, len(prompts), self.batch):
+            made += self._together(prompts[i : i + self.batch], seeds[i : i + self.batch])
+        return made
+
+    def _together(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Generation]:
+        made = [Generation(list(prompt)) for prompt in prompts]
+        stops = [Stops(of, self.settings) for of in made]
+        for row, (of, stop) in enumerate(zip(made, stops, strict=True)):
+            began = time.perf_counter()
+            stop.add([self._prefill(row, of.prompt, seeds[row])])
+            of.seconds["prefill"] = time.perf_counter() - began
+        self.limit[len(made) :] = 0  # rows of the batch that are not used
+        self.step.zero_()
+        held, launched, most = [len(prompt) for prompt in prompts], 0, self.settings.max_new_tokens
+        parent = {} if self.fixed is False or self.depth == 0 else {"parent": self.plan.shape.parent.tolist()}
+        while live := [row for row, stop in enumerate(stops) if not stop.done]:
+            # no more rounds than the longest needs if all is accepted
+            rounds = min(self.every, max(-(-(most - len(made[row].tokens)) // (self.depth + 1)) for row in live))
+            ahead = [min(held[row] + rounds * (self.depth + 1), len(prompts[row]) + most) for row in live]
+            run = self._run(max(ahead) + self.margin)
+            began = time.perf_counter()
+            for _ in range(rounds):
+                run()
+            lines = self.log.tolist()
+            read = time.perf_counter()
+            for turn in range(launched, launched + rounds):
+                for row in live:
+                    if not stops[row].done:
+                        held[row] += self._take(lines[turn % self.every][row], made[row], stops[row], parent)
+            launched += rounds
+            for of in made:
+                of.seconds["verify"] += read - began
+                of.seconds["host"] += time.perf_counter() - read
+        return made
+
+    def _take(self, line: list[int], of: Generation, stops: Stops, parent: dict[str, list[int]]) -> int:
+        """Add a round that the log tells of; returns how many tokens it gave."""
+        (count, token), path, drafted = line[:2], line[2 : 3 + self.depth], line[3 + self.depth :]
+        path = path[: count + 1]
+        if self.drafter is not None:
+            if not self.fixed:
+                half = len(drafted) // 2
+                parent, drafted = {"parent": drafted[half:]}, drafted[:half]
+            grown = {} if self.plan.kind == "chain" else {**parent, "path": path}
+            of.rounds.append(Round(len(of.tokens), drafted, count, **grown))
+        stops.add([*(drafted[row - 1] for row in path[1:]), token])
+        return count + 1
+
+    def _prefill(self, row: int, prompt: Sequence[int], seed: int) -> int:
+        """Sequence `row` begins with this prompt, as in `decode`; returns the first token."""
+        target, drafter, n = self.target, self.drafter, len(prompt)
+        known, cache = torch.tensor(prompt, device=target.device), KVCache(target.layers, n)
+        features = _forward(target, known, cache, taps=self.taps)
+        sampler = Sampler(target, dataclasses.replace(self.settings, seed=seed))
+        token = sampler.choose(target.logits(features[0, -1:]), n)
+        if drafter is not None and n > 1:
+            own = KVCache(max(1, drafter.spec.layers), n)
+            drafter.prefill(features[:, :-1], known[None, 1:], own)
+            if self.own is not None:
+                self.own.load(row, own)
+        self.cache.load(row, cache)
+        self.held[row], self.valid[row], self.seeds[row] = n, 1, seed
+        self.limit[row] = n + self.settings.max_new_tokens
+        self.features[row, 0], self.following[row, 0] = features[0, -1], token[0]
+        return int(token)
+
+    @torch.no_grad()
+    def parts(self, prompt: Sequence[int], repeats: int = 30) -> dict[str, float]:
+        """Milliseconds of a round's parts, each repeated alone at this length, and of the whole `round`."""
+        check(self.target, prompt, self.settings, self.drafter)
+        for row in range(self.batch):
+            self._prefill(row, prompt, row)
+        whole = self._run(len(prompt) + self.settings.max_new_tokens + self.margin)
+        bucket, box, made = self.cache.bucket, {}, {}
+        whole()
+        self.limit.copy_(self.held)  # stands still
+
+        def verify() -> None:
+            box["fed"], box["features"], box["logits"] = self._verify(box["tree"])
+
+        work = (
+            lambda: box.update(tree=self._draft()),
+            verify,
+            lambda: box.update(verdict=self._walk(box["tree"], box["logits"])),
+            lambda: self._commit(box["tree"], box["fed"], box["features"], box["verdict"]),
+        )
+        with self._inside(bucket):
+            for name, part in (*zip(PARTS, work, strict=True), ("round", whole)):
+                run = self._graphed(part) if self.graph and name != "round" else part
+                for turn in range(repeats + 3):
+                    if turn == 3:
+                        self._wait()
+                        began = time.perf_counter()
+                    run()
+                self._wait()
+                made[name] = 1e3 * (time.perf_counter() - began) / repeats
+        return made
+
+    def _wait(self) -> None:
+        if self.target.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most memory that was in use on the GPU since the process began (0 on a CPU)."""
+        return torch.cuda.max_memory_allocated() if self.target.device.type == "cuda" else 0
