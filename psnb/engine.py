@@ -129,6 +129,7 @@ class Engine:
         self.log = zeros(every, batch, 2 + self.depth + 1 + nodes * (1 if self.fixed else 2))
         self.step = zeros(1)
         self.state = (self.held, self.valid, self.following, self.features, self.log, self.step)
+        self.noise: dict[str, Tensor] = {}
         self.trace: Tensor | None = None
         self.capture_seconds = 0.0
         self._runs: dict[int, Callable[[], None]] = {}
@@ -157,7 +158,8 @@ class Engine:
             return None
         if self.own is not None:
             self.own.length = (self.held - self.valid).clamp(min=0)
-        self.sampler.noise = _Given(self.sampler.noise.dtype, self._noise())
+        self.noise = self._noise()
+        self.sampler.noise = _Given(self.sampler.noise.dtype, self.noise)
         return self.drafter.draft(
             self.features, self.following, self.plan, self.sampler.propose(self.plan), self.own, self.valid
         )
@@ -195,7 +197,7 @@ class Engine:
     def _walk(self, tree: Tree | None, logits: Tensor) -> Verdict:
         """Verdicts with a leading B: `decode`'s rule on every sequence, by vmap."""
         sampler, plan, dtype = self.sampler, self.plan, self.sampler.noise.dtype
-        given: dict[str, Any] = {"logits": logits, "noise": self._noise() if tree is None else sampler.noise.parts}
+        given: dict[str, Any] = {"logits": logits, "noise": self._noise() if tree is None else self.noise}
         if tree is not None:
             given["tokens"] = tree.tokens
             if not self.fixed:

@@ -65,7 +65,9 @@ def ancestry(parent: Tensor, depth: int) -> Tensor:
         2     1 1 0 1
     """
     rows = parent.shape[-1] + 1
-    sees = torch.eye(rows, device=parent.device).expand(*parent.shape[:-1], rows, rows).contiguous()
+    sees = torch.eye(rows, device=parent.device)
+    if parent.ndim > 1:
+        sees = sees.repeat(*parent.shape[:-1], 1, 1)
     sees[..., 1:, :].scatter_(-1, parent[..., None], 1.0)
     for _ in range((depth - 1).bit_length()):  # squares: 1, 2, 4, ... steps up
         sees = (sees @ sees).clamp_(max=1.0)
@@ -133,6 +135,7 @@ class BestFirst:
         self.first = torch.arange(sizes[0], device=device)
         self.rows = torch.arange(1, nodes + 1, device=device)
         self.kept = sum(sizes)
+        self.pairs = self.slot * width + self.rank
         self.above = torch.where(self.above < 0, self.kept, self.above)  # of the first level: the root
         if self.kept < nodes:
             raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {self.kept} nodes there are")
@@ -140,15 +143,15 @@ class BestFirst:
     def __call__(self, scores: Tensor) -> Shape:
         """scores [..., k, W] of the slots' candidates, descending -> the shape of the N best nodes."""
         lead = scores.shape[:-2]
-        each = scores[..., self.slot, self.rank]  # of every pair
-        best, chosen = [each[..., : self.starts[1]]], [self.first.expand(*lead, -1)]
+        each = scores.flatten(-2).index_select(-1, self.pairs)  # of every pair
+        best, chosen = [each[..., : self.starts[1]]], [self.first.expand(*lead, -1) if lead else self.first]
         for i, start, end in zip(self.levels, self.starts[1:], self.starts[2:], strict=False):
-            values, order = (best[-1][..., i] + each[..., start:end]).sort(descending=True, stable=True)
+            values, order = (best[-1].index_select(-1, i) + each[..., start:end]).sort(descending=True, stable=True)
             best.append(values[..., : self.nodes])
             chosen.append(order[..., : self.nodes] + start)
         order = torch.cat(best, -1).argsort(descending=True, stable=True)[..., : self.nodes]
         row = torch.zeros(*lead, self.kept + 1, dtype=torch.long, device=scores.device)  # the last: the root's, 0
-        row.scatter_(-1, order, self.rows.expand_as(order))
+        row.scatter_(-1, order, self.rows.expand_as(order) if lead else self.rows)
         pair = torch.cat(chosen, -1).gather(-1, order)
         parent = row.gather(-1, self.above[pair])
         return Shape(parent, self.slot[pair] + 1, self.rank[pair], ancestry(parent, self.k))

@@ -80,7 +80,8 @@ class Eagle(Drafter):
         beam, device, lead = plan.beam, hidden.device, hidden.shape[:-2]
         worth = torch.zeros(1, device=device, dtype=torch.promote_types(hidden.dtype, torch.float32))
         seen = torch.zeros(*lead, 1, 0, dtype=torch.bool, device=device)
-        expanded = torch.full((*lead, 1), -1, device=device)  # where this level's rows stand among all nodes; -1: root
+        total = beam * (1 + (plan.k - 1) * beam)
+        expanded = torch.full((*lead, 1), total, device=device)  # where this level's rows stand among all nodes
         tokens, scores, parents, ranks, depths, before = [], [], [], [], [], 0
         for level in range(1, plan.k + 1):
             found = choose(self.logits(hidden, level - 1), slice(level - 1, level))
@@ -95,15 +96,15 @@ class Eagle(Drafter):
             if level < plan.k:
                 best = path.argsort(descending=True, stable=True)[..., :beam]
                 worth, of, expanded = path.gather(-1, best), row[best], best + before
-                itself = torch.eye(best.shape[-1], dtype=torch.bool, device=device).expand(*lead, -1, -1)
-                seen = torch.cat([seen.take_along_dim(of[..., None], -2), itself], -1)
-                hidden = hidden.take_along_dim(of[..., None], -2)
-                hidden = _level(self, hidden, tokens[-1].gather(-1, best), cache, seen, level - 1)
+                itself = torch.eye(beam, dtype=torch.bool, device=device)
+                seen = torch.cat([_rows(seen, of), itself.expand(*lead, -1, -1)], -1)
+                fed = tokens[-1].gather(-1, best)
+                hidden = _level(self, _rows(hidden, of), fed, cache, seen, level - 1)
             before += path.shape[-1]
         order = torch.cat(scores, -1).argsort(descending=True, stable=True)[..., : plan.nodes]
         numbers = torch.arange(1, plan.nodes + 1, device=device).expand_as(order)
-        row = torch.zeros(*lead, before + 1, dtype=torch.long, device=device).scatter_(-1, order, numbers)
-        parent = row.gather(-1, torch.cat(parents, -1).gather(-1, order) % (before + 1))  # the last row: the root's, 0
+        row = torch.zeros(*lead, total + 1, dtype=torch.long, device=device).scatter_(-1, order, numbers)
+        parent = row.gather(-1, torch.cat(parents, -1).gather(-1, order))  # the last row: the root's, 0
         shape = Shape(parent, torch.cat(depths)[order], torch.cat(ranks)[order], ancestry(parent, plan.k))
         return Tree(torch.cat(tokens, -1).gather(-1, order), shape, None, parent)
 
@@ -113,3 +114,8 @@ def _level(of: Eagle, hidden: Tensor, fed: Tensor, cache: Any, seen: Tensor | No
     if hidden.ndim == 2:
         return of.body.extend(of.fuse(hidden[None], fed[None]), cache, seen, ahead)[0]
     return of.body.extend(of.fuse(hidden, fed), cache, seen, ahead)
+
+
+def _rows(x: Tensor, at: Tensor) -> Tensor:
+    """x [(B,) r, H], at [(B,) n] -> [(B,) n, H]."""
+    return x[at] if at.ndim == 1 else x.take_along_dim(at[..., None], 1)

@@ -26,10 +26,11 @@ class Parallel(Drafter):
         """Inputs of masks 1..M: [M, H]."""
         raise NotImplementedError
 
-    def mask_index(self, count: int) -> Tensor:
-        """Which learned mask stands at masks 1..count: [0, 1, ...] (distinct) or all 0 (shared)."""
-        device = self.target.device
-        return torch.arange(count, device=device) * (self.spec.mask_mode == "distinct")
+    def each_mask(self, learned: Tensor, count: int) -> Tensor:
+        """Inputs of masks 1..count from the learned ones: these (distinct), or the one for all (shared)."""
+        if self.spec.mask_mode == "distinct":
+            return learned
+        return learned[torch.zeros(count, dtype=torch.long, device=learned.device)]
 
     def rows(
         self, features: Tensor, next_ids: Tensor, depth: Tensor, anchor: Tensor, place: Tensor, mask: Mask
@@ -45,14 +46,15 @@ class Parallel(Drafter):
         self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None
     ) -> Tensor:
         (batch, m, _), masks, held = features.shape, k - 1 - self.first_slot, cache.length
-        masked = self.mask_inputs()[None, :masks].expand(batch, -1, -1)
-        inputs = torch.cat([self.real(features, next_ids), masked], 1)
+        masked = self.mask_inputs()[None, :masks]
         if valid is None:
+            inputs = torch.cat([self.real(features, next_ids), masked], 1)
             hidden = self.body.extend(inputs, cache)[0, -k:]
             cache.crop(held + m)
             return self.logits(hidden, 0)
         # The masks follow the last valid row; what does not count comes after them, where nothing sees it.
         # m = 3, valid 2, masks 2: rows 0 1 3 4 2
+        inputs = torch.cat([self.real(features, next_ids), masked.expand(batch, -1, -1)], 1)
         row = torch.arange(m + masks, device=inputs.device)
         late = row - valid[:, None]
         order = torch.where(late < 0, row, torch.where(late < masks, late + m, row - masks))
@@ -84,7 +86,7 @@ class EaglePS(Parallel):
         return self.fuse(features, next_ids)
 
     def mask_inputs(self) -> Tensor:
-        return self.fc(self.mask_pair)[self.mask_index(self.masks)]
+        return self.each_mask(self.fc(self.mask_pair), self.masks)
 
 
 class MedusaPS(Parallel):
@@ -115,4 +117,4 @@ class MedusaPS(Parallel):
         return self.mix(features) if self.spec.taps else features
 
     def mask_inputs(self) -> Tensor:
-        return self.mask_row[self.mask_index(self.masks)]
+        return self.each_mask(self.mask_row, self.masks)
