@@ -20,14 +20,14 @@ from torch.utils import _pytree as pytree
 
 from psnb import cache as caches
 from psnb.cache import KVCache, StaticCache
-from psnb.decode import Generation, Round, Sampler, Settings, Stops, _depths, _forward, check
+from psnb.decode import Generation, Round, Sampler, Settings, Stops, _forward, check
 from psnb.drafters import Drafter
 from psnb.drafters.base import last
 from psnb.errors import UserError
 from psnb.profile import nearest
 from psnb.target import Target
 from psnb.tree import Plan, Shape, Tree
-from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform, walk
+from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform
 
 FIRST = 256  # rows of the smallest bucket
 PARTS = ("draft", "verify", "walk", "commit")  # of a round
@@ -123,6 +123,7 @@ class Engine:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.held, self.valid, self.limit, self.seeds = (zeros(batch) for _ in range(4))
+        self.valid += 1
         self.following = zeros(batch, self.depth + 1)
         self.features = zeros(batch, self.depth + 1, width, dtype=target.dtype)
         self.fixed = self.plan is None or self.plan.shape is not None
@@ -206,8 +207,6 @@ class Engine:
                 given["q"] = tree.q
             if tree.draw.ndim > 1:
                 given["draw"] = tree.draw
-            if self.trace is not None:
-                given["count"] = self.trace[self.step % len(self.trace)].expand(self.batch)
 
         def one(of: dict[str, Any]) -> tuple[Tensor, ...]:
             sampler.noise = _Given(dtype, of["noise"])
@@ -215,16 +214,18 @@ class Engine:
                 token = sampler.choose(of["logits"], 0)
                 return torch.zeros_like(token), torch.zeros_like(token[0]), token[0]
             shape = Shape(*of["shape"]) if "shape" in of else plan.shape
-            if "count" in of:  # replayed: the nodes down to that depth are what the target chose
-                chosen = sampler.choose(of["logits"], 0, None if plan.kind == "chain" else _depths(shape))
-                tokens = torch.where(shape.depth <= of["count"], chosen[shape.parent], -1)
-                return tuple(walk(tokens, shape.parent, shape.mask, chosen, plan.k))
             draft = Tree(of["tokens"], shape, of.get("q"), of.get("draw", tree.draw))
             return tuple(sampler.verdict(draft, of["logits"], plan))
 
         if self.batch > 1:
-            return Verdict(*torch.vmap(one)(given))
-        return Verdict(*(part[None] for part in one(pytree.tree_map(lambda part: part[0], given))))
+            verdict = Verdict(*torch.vmap(one)(given))
+        else:
+            verdict = Verdict(*(part[None] for part in one(pytree.tree_map(lambda part: part[0], given))))
+        if self.trace is None:
+            return verdict
+        count = self.trace[self.step % len(self.trace)].expand(self.batch)
+        rows = torch.arange(self.depth + 1, device=count.device)
+        return Verdict(torch.minimum(rows, count[:, None]), count, verdict.token)
 
     def _commit(self, tree: Tree | None, fed: Tensor, features: Tensor, verdict: Verdict) -> None:
         path, count, token = verdict
@@ -280,7 +281,7 @@ class Engine:
                 for config, before in zip(configs, own, strict=True):
                     config._attn_implementation = before
                 for layer in self._compiled:
-                    del layer.forward
+                    layer.__dict__.pop("forward", None)
 
     def _graphed(self, work: Callable[[], None]) -> Callable[[], None]:
         """`work` as a CUDA graph; the state is as before, but for what `work` writes to tensors of its own."""
@@ -323,11 +324,14 @@ class Engine:
     def replay(self, accepted: Tensor | None) -> None:
         """Take counts of accepted nodes, int [R], in turn (again from the first after the last) instead of verdicts.
 
-        The work is the same; a count beyond the depth of the tree is cut to it. None: verify again.
+        The work is the same, the text is none: the first nodes stand for the accepted path. A count beyond the depth
+        of the tree is cut to it. None: verify again.
         """
-        if accepted is not None and (self.drafter is None or self.sampler.rule not in ("greedy", "coupled")):
-            raise UserError("a replay needs a drafter and the rule greedy or coupled")
-        self.trace = None if accepted is None else accepted.to(self.target.device, torch.long)
+        if accepted is not None and (self.drafter is None or not len(accepted)):
+            raise UserError("a replay needs a drafter, and counts of accepted tokens")
+        if accepted is not None:
+            accepted = accepted.to(self.target.device, torch.long).clamp(0, min(self.depth, self.plan.nodes))
+        self.trace = accepted
         self._runs.clear()
 
     @torch.no_grad()

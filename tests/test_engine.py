@@ -1,0 +1,253 @@
+"""Static shapes change nothing: the engine's tokens and rounds are those of decode.py, whatever drafter, tree, batch."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+import toys
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import MistralConfig, Qwen2Config
+
+from psnb import cache, decode, drafters
+from psnb.cache import KVCache, StaticCache
+from psnb.decode import Settings
+from psnb.engine import PARTS, Engine
+from psnb.errors import UserError
+
+PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
+PROMPTS = [PROMPT, PROMPT[:1], PROMPT * 3, [2, 6, *([7, 8, 9] * 6)]]  # the last one repeats itself soon at T = 0
+KINDS = [None, *drafters.KINDS]
+
+
+def reference(target, drafter, prompt, settings):
+    if drafter is None:
+        return decode.autoregressive(target, prompt, settings)
+    return decode.speculative(target, drafter, prompt, settings)
+
+
+def assert_same(made, target, drafter, prompts, settings, seeds):
+    assert len(made) == len(prompts)
+    for one, prompt, seed in zip(made, prompts, seeds, strict=True):
+        expected = reference(target, drafter, prompt, dataclasses.replace(settings, seed=seed))
+        assert (one.tokens, one.stopped, one.repeated) == (expected.tokens, expected.stopped, expected.repeated)
+        assert one.rounds == expected.rounds
+
+
+def trees(drafter):
+    if drafter is None:
+        return [("chain", 1, 0)]
+    return [("chain", 4, 0), ("static", 4, 9), ("best_first" if drafter.one_pass else "dynamic", 4, 14), ("chain", 1, 0)]
+
+
+@pytest.mark.parametrize("rule", ["greedy", "coupled", "rejection", "block"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_equals_decoding_one_by_one(kind, rule):
+    """Prompts of 1 to 24 tokens, three at a time and then one in a batch of three; buckets are crossed on the way."""
+    target = toys.target(torch.float64)
+    drafter = kind and toys.drafter(kind, target)
+    temperature, rule = (0.0, "coupled") if rule == "greedy" else (0.7, rule)
+    for (tree, k, nodes), every in zip(trees(drafter), (8, 3, 1, 3), strict=False):
+        if rule == "block" and tree != "chain":
+            continue
+        settings = Settings(k=k, tree=tree, nodes=nodes, temperature=temperature, rule=rule, max_new_tokens=29)
+        engine = Engine(target, drafter, settings, batch=3, every=every, buckets=range(40, 120, 16))
+        assert_same(engine.generate(PROMPTS, range(4)), target, drafter, PROMPTS, settings, range(4))
+        assert rule != "coupled" or len(engine._runs) > 1  # or no bucket was crossed
+
+
+@pytest.mark.parametrize("every", [1, 3, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_sequence_stops_where_decoding_stops(kind, every):
+    """By length, by a stop token in the middle of a round, and by repetition."""
+    target = toys.target(torch.float64)
+    drafter = kind and toys.drafter(kind, target)
+    settings = Settings(k=4, temperature=0.7, max_new_tokens=30, seed=5, repeat_stop=0)
+    stop = reference(target, drafter, PROMPT, settings).tokens[17]
+    repeating = dataclasses.replace(settings, temperature=0.01, repeat_stop=6, max_new_tokens=80)
+    how = []
+    for one in (settings, dataclasses.replace(settings, stop_tokens=(stop,)), repeating):
+        made = Engine(target, drafter, one, every=every, buckets=(24, 40)).generate([PROMPT])
+        assert_same(made, target, drafter, [PROMPT], one, [5])
+        how.append(made[0].stopped)
+    assert how[:2] == ["length", "stop"]
+
+
+@pytest.mark.parametrize("cls", [Qwen2Config, MistralConfig])
+@pytest.mark.parametrize("attention", cache.ATTENTION)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_architectures_and_attentions(cls, attention):
+    target = toys.target(torch.float64, cls=cls)
+    for kind, tree in (("eagle-ps", "best_first"), ("eagle", "dynamic"), (None, "chain")):
+        drafter = kind and toys.drafter(kind, target)
+        settings = Settings(k=3, tree=tree, nodes=8, temperature=0.7, max_new_tokens=20, repeat_stop=0)
+        engine = Engine(target, drafter, settings, batch=2, buckets=(32,), attention=attention)
+        assert_same(engine.generate(PROMPTS[:2], [4, 5]), target, drafter, PROMPTS[:2], settings, [4, 5])
+    assert target.config._attn_implementation == "sdpa"  # as before
+
+
+@pytest.mark.parametrize("changes", [{"taps": [1]}, {"layers": 2, "mask_mode": "shared"}], ids=str)
+@pytest.mark.parametrize("kind", ["eagle-ps", "medusa-ps"])
+def test_variants_of_the_parallel_drafters(kind, changes):
+    target = toys.target(torch.float64)
+    drafter = toys.drafter(kind, target, **changes)
+    settings = Settings(k=4, tree="best_first", nodes=9, temperature=0.7, max_new_tokens=20, top_k=20, top_p=0.9)
+    engine = Engine(target, drafter, settings, batch=2)
+    assert_same(engine.generate(PROMPTS, range(4)), target, drafter, PROMPTS, settings, range(4))
+
+
+# --- nothing waits for the device ------------------------------------------------------------------------------------
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what reads the device, on what makes a size out of data, and on tensors made of Python numbers."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "lift_fresh", "item")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(word in str(func) for word in self.FORBIDDEN), func
+        made = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(made):
+            assert not isinstance(tensor, torch.Tensor) or tensor.device.type == "meta", (func, "made on the CPU")
+        return made
+
+
+def to_meta(thing, seen):
+    """Move every tensor that hangs on a psnb object to the device without data."""
+    if isinstance(thing, torch.nn.Module):
+        return thing.to("meta")
+    if isinstance(thing, torch.Tensor):
+        return thing.to("meta")
+    if isinstance(thing, tuple) and hasattr(thing, "_fields"):
+        return type(thing)(*(to_meta(part, seen) for part in thing))
+    if isinstance(thing, list | tuple):
+        return type(thing)(to_meta(part, seen) for part in thing)
+    if type(thing).__module__.startswith("psnb.") and hasattr(thing, "__dict__") and id(thing) not in seen:
+        seen.add(id(thing))
+        for name, part in vars(thing).items():
+            if not isinstance(part, dict):
+                object.__setattr__(thing, name, to_meta(part, seen))
+    return thing
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_round_asks_nothing_of_the_device(kind, batch):
+    """Run without data, where any number read from a tensor fails, and with it, where any CPU tensor would fail."""
+    target = toys.target()
+    drafter = kind and toys.drafter(kind, target)
+    for (tree, k, nodes), temperature in itertools.product(trees(drafter)[:3], (0.0, 0.7)):
+        settings = Settings(k=k, tree=tree, nodes=nodes, temperature=temperature)
+        target = toys.target()
+        drafter = kind and toys.drafter(kind, target)
+        engine = Engine(target, drafter, settings, batch=batch)
+        to_meta(engine, set())
+        with torch.no_grad(), engine._inside(64), NoSync():
+            engine._round()
+
+
+# --- caches ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_static_cache_equals_the_growing_one():
+    """A prompt, a tree, its accepted path, a chain: features and rows as KVCache has them, in a batch of two."""
+    target, shape = toys.target(torch.float64), None
+    from psnb.tree import fixed, paths
+
+    shape = fixed(paths("static", 4, 9))
+    depths = torch.cat([torch.zeros(1, dtype=torch.long), shape.depth])
+    one, static = [KVCache(2, 64) for _ in range(2)], StaticCache(2, 2, 2, 64, 8, torch.float64, torch.device("cpu"))
+    static.groups, static.bucket = 2, 48
+    torch.manual_seed(0)
+    tree, chain = torch.randint(0, 60, (2, 10)), torch.randint(0, 60, (2, 3))
+    path, expected = torch.tensor([[0, 2, 2], [0, 1, 5]]), []
+    lengths = [5, 9]
+    for row, n in enumerate(lengths):
+        decode._forward(target, torch.arange(n), one[row])
+        static.load(row, one[row])
+        first = decode._forward(target, tree[row], one[row], shape)
+        one[row].commit(n, path[row], n + 2)
+        expected.append(torch.cat([first, decode._forward(target, chain[row], one[row])], 1))
+    held = static.length = torch.tensor(lengths)
+    target.config._attn_implementation = cache.register("sdpa")
+    place, mask = static.layout(10, held.device, shape.mask, depths)
+    assert place.tolist() == [[n + d for d in depths.tolist()] for n in lengths]
+    first = target.features(tree, place, mask, static)
+    static.commit(held, path)
+    static.crop(held + 2)
+    made = torch.cat([first, target.features(chain, *static.layout(3, held.device), static)], 1)
+    torch.testing.assert_close(made, torch.cat(expected))
+    for row, n in enumerate(lengths):
+        for index, layer in enumerate(one[row].layers):
+            torch.testing.assert_close(static.rows[2 * index][row, :, : n + 5], layer.keys[0, :, : n + 5])
+            torch.testing.assert_close(static.rows[2 * index + 1][row, :, : n + 5], layer.values[0, :, : n + 5])
+
+
+# --- for measurements ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "tree"), [("eagle-ps", "chain"), ("medusa-ps", "best_first"), ("eagle", "dynamic")])
+def test_a_replay_accepts_what_the_trace_says(kind, tree):
+    target = toys.target()
+    settings = Settings(k=4, tree=tree, nodes=12, max_new_tokens=30, repeat_stop=0)
+    engine = Engine(target, toys.drafter(kind, target), settings, batch=2, every=3)
+    before = engine.generate([PROMPT])[0]
+    engine.replay(torch.tensor([2, 0, 1, 9]))
+    for made in engine.generate([PROMPT, PROMPT * 2]):
+        assert [r.accepted for r in made.rounds] == ([2, 0, 1, 4] * 9)[: len(made.rounds)]
+        assert len(made.tokens) == 30
+    engine.replay(None)
+    assert engine.generate([PROMPT])[0].tokens == before.tokens
+    with pytest.raises(UserError, match="a replay needs a drafter"):
+        Engine(target, None, settings).replay(torch.tensor([1]))
+
+
+def test_parts_are_timed_and_change_nothing():
+    target = toys.target()
+    engine = Engine(target, toys.drafter("eagle", target), Settings(k=3, tree="dynamic", nodes=9), batch=2)
+    before = engine.generate([PROMPT])[0].tokens
+    taken = engine.parts(PROMPT, repeats=2)
+    assert set(taken) == {*PARTS, "round"} and min(taken.values()) > 0
+    assert engine.generate([PROMPT])[0].tokens == before and engine.peak_bytes == 0 == engine.capture_seconds
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "fast"}, "unknown attention 'fast'"),
+        ({"every": 0}, "both are 1 or more"),
+        ({"graph": True}, "CUDA graphs need a GPU"),
+        ({"capacity": 1000}, "goes beyond the target's context or sliding window of 256"),
+        ({"capacity": 64}, "the cache holds 64 rows, 78 are needed"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(options, message):
+    target = toys.target()
+    with pytest.raises(UserError, match=message):
+        Engine(target, toys.drafter("eagle-ps", target), Settings(k=2), **options).generate([PROMPT])
+
+
+def test_a_window_shorter_than_the_capacity_and_other_states_are_refused():
+    target = toys.target(cls=MistralConfig, sliding_window=64)
+    settings = Settings(max_new_tokens=8)
+    assert Engine(target, None, settings).generate([PROMPT])[0].tokens
+    with pytest.raises(UserError, match="sliding window of 64"):
+        Engine(target, None, settings, capacity=256)
+    jamba = toys.target()
+    jamba.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(UserError, match="plain attention in every layer, this target has linear_attention"):
+        Engine(jamba, None, settings)
+    stateful = toys.target()
+    stateful.model._is_stateful = True
+    with pytest.raises(UserError, match="plain attention in every layer, this target has llama"):
+        Engine(stateful, None, settings)
+    scaled = toys.target(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+    with pytest.raises(UserError, match="dynamic RoPE changes with the length"):
+        Engine(scaled, None, settings)
+    crossed = toys.target()
+    crossed.config.add_cross_attention = True
+    with pytest.raises(UserError, match="decoder-only"):
+        Engine(crossed, None, settings)
