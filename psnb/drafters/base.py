@@ -58,9 +58,7 @@ class Drafter(nn.Module):
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
         """Decoding: put the real rows of features [1, m, H] and next_ids [1, m] into `cache`; draft nothing."""
 
-    def marginals(
-        self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None
-    ) -> Tensor:
+    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None) -> Tensor:
         """Decoding: add real rows (features [1, m, H], next_ids [1, m]); logits [k, V] of the k slots after the last.
 
         `cache` then holds the real rows alone. With `valid` [B], features [B, m, H] and next_ids [B, m] are of B

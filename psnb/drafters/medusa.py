@@ -38,8 +38,6 @@ class Medusa(Drafter):
     def logits(self, hidden: Tensor, slot: int) -> Tensor:
         return self.project[slot](hidden + F.silu(self.residual[slot](hidden)))
 
-    def marginals(
-        self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None
-    ) -> Tensor:
+    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None) -> Tensor:
         row = features[0, -1:] if valid is None else last(features, valid)
         return torch.cat([self.logits(row, slot) for slot in range(k)], -2)

@@ -42,9 +42,7 @@ class Parallel(Drafter):
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
         self.body.extend(self.real(features, next_ids), cache)
 
-    def marginals(
-        self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None
-    ) -> Tensor:
+    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None) -> Tensor:
         (batch, m, _), masks, held = features.shape, k - 1 - self.first_slot, cache.length
         masked = self.mask_inputs()[None, :masks]
         if valid is None:
