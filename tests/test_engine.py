@@ -149,6 +149,18 @@ def test_a_round_asks_nothing_of_the_device(kind, batch):
             engine._round()
 
 
+def test_what_is_done_runs_on_within_the_cache():
+    target = toys.target()
+    settings = Settings(k=4, max_new_tokens=8)
+    drafter = toys.drafter("eagle", target)
+    engine = Engine(target, drafter, settings, batch=2, capacity=len(PROMPT) + 8 + 16)
+    engine.generate([PROMPT])
+    with torch.no_grad(), engine._inside(engine.capacity):
+        for _ in range(20):  # a row beyond the cache would raise
+            engine._round()
+    assert engine.held.tolist() == [len(PROMPT) + 8, 0]
+
+
 # --- caches ----------------------------------------------------------------------------------------------------------
 
 
@@ -251,3 +263,35 @@ def test_a_window_shorter_than_the_capacity_and_other_states_are_refused():
     crossed.config.add_cross_attention = True
     with pytest.raises(UserError, match="decoder-only"):
         Engine(crossed, None, settings)
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("attention", cache.ATTENTION)
+@pytest.mark.parametrize("kind", KINDS)
+def test_graphs_give_what_eager_decoding_gives(kind, attention, compiled):
+    """float64 where the kernels have it; flex attention has not, there a tie may differ, so lengths are compared."""
+    dtype = torch.float32 if attention == "flex" else torch.float64
+    target = toys.target(dtype, hidden_size=64, intermediate_size=96)  # a head of 16, as flex attention needs
+    target.model.cuda()
+    drafter = kind and toys.drafter(kind, target).cuda()
+    for (tree, k, nodes), batch in itertools.product(trees(drafter)[:3], (1, 3)):
+        settings = Settings(k=k, tree=tree, nodes=nodes, temperature=0.7, max_new_tokens=40, repeat_stop=0)
+        engine = Engine(
+            target,
+            drafter,
+            settings,
+            batch,
+            buckets=range(64, 256, 64),
+            attention=attention,
+            compile_layers=compiled,
+        )
+        assert engine.graph
+        made = engine.generate(PROMPTS, range(4))
+        if dtype == torch.float64:
+            assert_same(made, target, drafter, PROMPTS, settings, range(4))
+        assert [len(one.tokens) for one in made] == [40] * 4 and engine.capture_seconds > 0 < engine.peak_bytes
+        assert min(engine.parts(PROMPT, repeats=2).values()) > 0
