@@ -107,14 +107,15 @@ class Engine:
             self.depth, nodes, taps = self.plan.k, self.plan.nodes, drafter.spec.taps
             scratch = self.depth + drafter.k + (self.depth * self.plan.beam if of.tree == "dynamic" else 0)
         self.margin = max(nodes + 1, scratch)  # rows beyond the known tokens that a round may write
-        need = target.context + self.margin
-        self.capacity = capacity or -(-need // 64) * 64
-        if self.capacity > -(-need // 64) * 64:
+        most = target.context + self.margin
+        if capacity > most:
             raise UserError(
                 f"capacity {capacity} goes beyond the target's context or sliding window of {target.context}: lower it"
             )
+        self.capacity = -(-(capacity or most) // 64) * 64  # fused attention likes whole blocks
         sizes = [FIRST << i for i in range(24)] if not buckets else sorted(buckets)
         self.buckets = [b for b in sizes if b < self.capacity] + [self.capacity]
+        self.body = getattr(drafter, "body", None)
         self.cache, self.own = self._caches()
         self.taps = taps
         width = (1 + len(taps)) * target.hidden_size
@@ -135,7 +136,8 @@ class Engine:
         self.capture_seconds = 0.0
         self._runs: dict[int, Callable[[], None]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graph else None
-        self._compiled = self._compile() if compile_layers else {}
+        layers = [*getattr(target.model.base_model, "layers", ()), *(self.body.layers if self.body else ())]
+        self._compiled = {layer: torch.compile(layer.forward) for layer in layers} if compile_layers else {}
         self._gumbel = torch.compile(gumbel) if compile_layers else gumbel
 
     def _caches(self) -> tuple[StaticCache, StaticCache | None]:
@@ -147,7 +149,7 @@ class Engine:
             found.groups, found.attention = heads // keys, self.attention
             return found
 
-        body = getattr(self.drafter, "body", None)
+        body = self.body
         weight = self.target.model.get_input_embeddings().weight
         own = None if body is None else made(len(body.layers), body.rotary.config, body.norm.weight)
         return made(self.target.layers, self.target.config, weight), own
@@ -250,18 +252,11 @@ class Engine:
 
     # --- graphs ------------------------------------------------------------------------------------------------------
 
-    def _layers(self) -> list[torch.nn.Module]:
-        body = getattr(self.drafter, "body", None)
-        return [*getattr(self.target.model.base_model, "layers", ()), *(body.layers if body else ())]
-
-    def _compile(self) -> dict[torch.nn.Module, Callable[..., Any]]:
-        return {layer: torch.compile(layer.forward) for layer in self._layers()}
-
     @contextlib.contextmanager
     def _inside(self, bucket: int) -> Iterator[None]:
         """Inside, target and drafter attend by `cache.attend` to `bucket` rows, and run their compiled layers."""
-        body, name = getattr(self.drafter, "body", None), caches.register(self.attention)
-        configs = [self.target.config] + ([body.rotary.config] if body is not None else [])
+        name = caches.register(self.attention)
+        configs = [self.target.config, *([self.body.rotary.config] if self.body else [])]
         own = [config._attn_implementation for config in configs]
         self.cache.bucket = bucket
         if self.own is not None:
@@ -300,9 +295,12 @@ class Engine:
             part.copy_(kept)
         return graph.replay
 
-    def _run(self, reach: int) -> Callable[[], None]:
-        """A round for caches whose rows stay below `reach`: a graph, captured at its first use."""
-        bucket = next(b for b in self.buckets if b >= reach)
+    def _bucket(self, reach: int) -> int:
+        """The smallest bucket with `reach` rows."""
+        return next((b for b in self.buckets if b >= reach), self.capacity)
+
+    def _run(self, bucket: int) -> Callable[[], None]:
+        """A round whose attention sees `bucket` rows: a graph, captured at its first use."""
         if bucket not in self._runs:
             if not self.graph:
 
@@ -367,7 +365,7 @@ class Engine:
             # no more rounds than the longest needs if all is accepted
             rounds = min(self.every, max(-(-(most - len(made[row].tokens)) // (self.depth + 1)) for row in live))
             ahead = [min(held[row] + rounds * (self.depth + 1), len(prompts[row]) + most) for row in live]
-            run = self._run(max(ahead) + self.margin)
+            run = self._run(self._bucket(max(ahead) + self.margin))
             began = time.perf_counter()
             for _ in range(rounds):
                 run()
@@ -420,8 +418,8 @@ class Engine:
         check(self.target, prompt, self.settings, self.drafter)
         for row in range(self.batch):
             self._prefill(row, prompt, row)
-        whole = self._run(len(prompt) + self.settings.max_new_tokens + self.margin)
-        bucket, box, made = self.cache.bucket, {}, {}
+        bucket = self._bucket(len(prompt) + 2 * (self.depth + 1) + self.margin)
+        whole, box, made = self._run(bucket), {}, {}
         whole()
         self.limit.copy_(self.held)  # stands still
 
