@@ -30,7 +30,7 @@ LOGITS = 2**26  # entries of a table of logits held at once
 
 
 class Slots(NamedTuple):
-    """Which rows draft which slot, and what they are judged by: J rows in all, slot by slot."""
+    """Which rows draft which slot, and what they are judged by: J rows in all."""
 
     sizes: list[int]  # rows of each of the S slots
     slot: Tensor  # [J]
@@ -40,9 +40,10 @@ class Slots(NamedTuple):
     hidden: Tensor  # [B, J, H]; [B, n - 1, H] where all slots read the same rows (Medusa's heads)
 
     def parts(self) -> Sequence[Tensor]:
-        """The hidden rows of each slot."""
-        whole = self.hidden.shape[1] == sum(self.sizes)
-        return self.hidden.split(self.sizes, 1) if whole else [self.hidden] * len(self.sizes)
+        """The hidden rows of each slot, anchor by anchor."""
+        if self.hidden.shape[1] < len(self.slot):
+            return [self.hidden] * len(self.sizes)
+        return self.hidden[:, self.slot.argsort(stable=True)].split(self.sizes, 1)
 
     def table(self, values: Tensor, n: int) -> Tensor:
         """values [B, J] -> [B, S, n]: by slot and anchor, 0 where there is no row."""
@@ -227,7 +228,8 @@ def group_sums(
     nats, log_q, match = (made.table(values, n) for values in score(drafter, batch, features, made))
     sums = {"nats": nats * valid, "match": match & valid, "rows": valid}
     if spec.feature_weight:
-        hidden = torch.cat(list(made.parts()), 1).float()
+        shared = made.hidden.shape[1] < len(made.slot)
+        hidden = (torch.cat(list(made.parts()), 1) if shared else made.hidden).float()
         expected = features[:, made.place, -hidden.shape[-1] :].float()
         sums["gap"] = made.table(F.smooth_l1_loss(hidden, expected, reduction="none").mean(-1), n) * valid
     if spec.streak_weight:
