@@ -1,4 +1,4 @@
-"""The command line: `psnb run`, `psnb train`, `psnb list`, `psnb report` (also `python -m psnb`)."""
+"""The command line: `psnb run`, `psnb train`, `psnb list`, `psnb report`, `psnb bench` (also `python -m psnb`)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   psnb run --profile my.toml --only eagle-ps --fresh  train one drafter again
   psnb train --profile h200 --stage eagle --processes 2   one model, on two GPUs; goes on where a killed run was
   psnb list --profile smoke                           what is done, what the rest would cost
+  psnb bench --profile my.toml --json bench.json      how fast everything is on this machine
 """
 
 
@@ -27,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         prog="psnb", description=psnb.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--version", action="version", version=f"psnb {psnb.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="run | train | list | report")
+    commands = top.add_subparsers(dest="command", required=True, metavar="run | train | list | report | bench")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -61,6 +62,16 @@ def parser() -> argparse.ArgumentParser:
 
     report = commands.add_parser("report", parents=[common], help="write the report from what was run")
     report.add_argument("--readme", action="store_true", help="write the results block of README.md instead")
+
+    bench = commands.add_parser("bench", parents=[common], help="how fast each way of decoding is on this machine")
+    bench.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="drafters (default: the profile's)")
+    bench.add_argument("--k", type=int, default=5, metavar="K", help="tokens a draft (default: 5)")
+    bench.add_argument("--nodes", type=int, default=0, metavar="N", help="nodes of trees (default: chains alone)")
+    bench.add_argument("--prompts", type=int, default=8, metavar="N", help="prompts (default: 8)")
+    bench.add_argument("--tokens", type=int, default=64, metavar="N", help="new tokens a prompt (default: 64)")
+    bench.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7], metavar="T")
+    bench.add_argument("--repeats", type=int, default=1, metavar="N", help="seeds a prompt (default: 1)")
+    bench.add_argument("--json", default="", metavar="FILE", help="write everything there too")
     return top
 
 
@@ -99,6 +110,8 @@ def command(given: argparse.Namespace) -> int:
         runner.work(given.profile, given.stage, Path(given.into), given.output)
     elif given.command == "train":
         print(runner.train(given.profile, given.stage, given.processes, given.fresh, given.output))
+    elif given.command == "bench":
+        _bench(given)
     elif given.readme:
         from psnb import report
 
@@ -122,6 +135,21 @@ def _parameters(texts: list[str]) -> dict[str, dict[str, str]]:
             raise UserError(f"-p {text}: write it as NOTEBOOK.name=value, such as 03_draft_length.ks=[1,2,4]")
         found.setdefault(notebook, {})[name] = value
     return found
+
+
+def _bench(given: argparse.Namespace) -> None:
+    from psnb import bench, manifest
+    from psnb.study import Study
+
+    names = ("methods", "k", "nodes", "prompts", "tokens", "temperatures", "repeats")
+    found = bench.run(Study.open(given.profile, given.output), **{name: getattr(given, name) for name in names})
+    print(f"{found['profile']}, {found['dtype']}, {manifest.machine_name(found['machine'])}")
+    print(bench.table(found).to_string(index=False, na_rep=""))
+    if found["peak_gb"] is not None:
+        print(f"peak memory {found['peak_gb']:.1f} GB, graphs captured in {found['capture_seconds']:.0f} s")
+    if given.json:
+        bench.write(found, Path(given.json))
+        print(f"written: {given.json}")
 
 
 def _where(results: Path) -> None:

@@ -452,3 +452,28 @@ class Engine:
     def peak_bytes(self) -> int:
         """Most memory that was in use on the GPU since the process began (0 on a CPU)."""
         return torch.cuda.max_memory_allocated() if self.target.device.type == "cuda" else 0
+
+
+class Engines:
+    """Generation by a method's name, each way of decoding with an engine of its own, made at its first use.
+
+    Options are `Engine`'s, `batch` excepted: one prompt at a time.
+    """
+
+    def __init__(self, target: Target, drafters: dict[str, Drafter], **options: Any) -> None:
+        self.target, self.drafters, self.options = target, drafters, options
+        self.made: dict[tuple[str, Settings], Engine] = {}
+
+    def __call__(self, method: str, prompt: Sequence[int], settings: Settings) -> Generation:
+        """`plain` or a drafter's name."""
+        free = {name: getattr(Settings(), name) for name in ("max_new_tokens", "seed", "stop_tokens", "repeat_stop")}
+        key = method, dataclasses.replace(settings, **free)  # what a graph holds
+        if key not in self.made:
+            self.made[key] = Engine(self.target, self.drafters.get(method), key[1], **self.options)
+        self.made[key].settings = settings
+        return self.made[key].generate([prompt], [settings.seed])[0]
+
+    @property
+    def capture_seconds(self) -> float:
+        """Seconds that warming up and capturing graphs took so far."""
+        return sum(engine.capture_seconds for engine in self.made.values())

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from psnb import decode, manifest
 from psnb import drafters as models
 from psnb.cache import KVCache
 from psnb.decode import Generation, Sampler, Settings, Stops, autoregressive, speculative
 from psnb.drafters import Drafter
+from psnb.engine import Engines
 from psnb.errors import UserError
 from psnb.profile import DrafterSpec, TargetSpec, nearest
 from psnb.target import Target, untrained
@@ -43,7 +44,7 @@ COLUMNS = [
     "n",
     "unit",
 ]
-BASELINES = ("plain", "hf_generate")
+BASELINES = ("plain", "hf_generate", "hf_static")
 METHODS = (*BASELINES, "medusa", "eagle", "medusa-ps", "eagle-ps")
 ARM = ["method", "tree", "k", "nodes", "rule"]  # what tells one way of decoding from another
 TIE = 1e-4  # two best scores closer than this are a numeric tie (DESIGN, invariant 4)
@@ -90,16 +91,24 @@ class _Watch(StoppingCriteria):
 
 
 @torch.inference_mode()
-def hf_generate(target: Target, prompt: Sequence[int], settings: Settings) -> Generation:
+def hf_generate(
+    target: Target, prompt: Sequence[int], settings: Settings, cache: StaticCache | None = None
+) -> Generation:
     """`transformers`' own `generate` with its dynamic cache: the baseline that the literature compares with.
 
-    Above T = 0 it samples with its own random numbers, so its text differs from the coupled one.
+    With a static `cache` it compiles its forward on a GPU: its fastest. Above T = 0 it samples with its own random
+    numbers, so its text differs from the coupled one.
     """
     result = Generation(list(prompt))
     watch = _Watch(result, settings)
     ids = torch.tensor([list(prompt)], device=target.device)
     torch.manual_seed(settings.seed)
-    sampling = {"temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if settings.temperature else {}
+    more: dict[str, Any] = (
+        {"temperature": settings.temperature, "top_k": 0, "top_p": 1.0} if settings.temperature else {}
+    )
+    if cache is not None:
+        cache.reset()
+        more["past_key_values"] = cache
     began = time.perf_counter()
     target.model.generate(
         ids,
@@ -109,7 +118,7 @@ def hf_generate(target: Target, prompt: Sequence[int], settings: Settings) -> Ge
         eos_token_id=list(settings.stop_tokens) or None,
         pad_token_id=target.eos_token_id or 0,
         stopping_criteria=StoppingCriteriaList([watch]),
-        **sampling,
+        **more,
     )
     ended = time.perf_counter()
     result.seconds |= {"prefill": watch.first - began, "verify": ended - watch.first}
@@ -117,15 +126,23 @@ def hf_generate(target: Target, prompt: Sequence[int], settings: Settings) -> Ge
 
 
 def generate(
-    target: Target, drafters: dict[str, Drafter], method: str, prompt: Sequence[int], settings: Settings
+    target: Target,
+    drafters: dict[str, Drafter],
+    method: str,
+    prompt: Sequence[int],
+    settings: Settings,
+    engines: Engines | None = None,
+    cache: StaticCache | None = None,
 ) -> Generation:
-    """One generation by a method's name: plain, hf_generate or a drafter's."""
+    """One generation by a method's name: plain, hf_generate, hf_static (in `cache`) or a drafter's."""
+    if method in ("hf_generate", "hf_static"):
+        return hf_generate(target, prompt, settings, cache if method == "hf_static" else None)
+    if method != "plain" and method not in drafters:
+        raise UserError(f"unknown method {method!r}; {nearest(method, [*BASELINES, *drafters])}")
+    if engines is not None:
+        return engines(method, prompt, settings)
     if method == "plain":
         return autoregressive(target, prompt, settings)
-    if method == "hf_generate":
-        return hf_generate(target, prompt, settings)
-    if method not in drafters:
-        raise UserError(f"unknown method {method!r}; {nearest(method, [*BASELINES, *drafters])}")
     return speculative(target, drafters[method], prompt, settings)
 
 
@@ -141,13 +158,18 @@ def run(
     repeat_prompts: int = 0,
     seed: int = 0,
     label: str = "generating",
+    engines: Engines | None = None,
 ) -> pd.DataFrame:
     """Generate with every arm x temperature on every prompt: one row a generation.
 
     At T = 0 all rules are one, so of arms that differ in it alone the first runs. Arms are interleaved prompt by
     prompt, in an order that rotates, and share one seed a (prompt, repeat). The first repeat covers all prompts, later
-    ones the first `repeat_prompts` of each family (0: all); `hf_generate` runs on those alone, in every repeat.
+    ones the first `repeat_prompts` of each family (0: all); transformers' `generate` runs on those alone, in every
+    repeat. `engines` decode in place of `decode`; on a GPU they are made where none are given.
     """
+    if engines is None and target.device.type == "cuda":
+        engines = Engines(target, drafters)
+    static = StaticCache(target.config, target.context) if any(arm.method == "hf_static" for arm in arms) else None
     greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
     place: dict[str, int] = {}
@@ -163,14 +185,15 @@ def run(
         if repeat == 0 or record["id"] in timed
     ]
     stop = (target.eos_token_id,) if target.eos_token_id is not None else ()
-    for arm in arms:  # warm up
-        generate(target, drafters, arm.method, records[0]["input_ids"], arm.settings(max_new_tokens=6))
+    for temperature, arm in product(temperatures if engines else (0.7,), arms):  # warm up, capture
+        settings = arm.settings(max_new_tokens=6, temperature=temperature)
+        generate(target, drafters, arm.method, records[0]["input_ids"], settings, engines, static)
     rows = []
     for temperature, repeat, index, record in manifest.progress(plan, len(plan), label):
         able = arms if temperature else greedy
         turn = (index + repeat) % len(able)
         for arm in able[turn:] + able[:turn]:
-            if arm.method == "hf_generate" and record["id"] not in timed:
+            if arm.method in ("hf_generate", "hf_static") and record["id"] not in timed:
                 continue
             settings = arm.settings(
                 temperature=temperature,
@@ -178,7 +201,7 @@ def run(
                 seed=seed + 7919 * repeat + index,
                 stop_tokens=stop,
             )
-            made = generate(target, drafters, arm.method, record["input_ids"], settings)
+            made = generate(target, drafters, arm.method, record["input_ids"], settings, engines, static)
             drafted = arm.method not in BASELINES
             histogram = np.bincount([r.accepted for r in made.whole_rounds], minlength=arm.k + 1)
             rows.append(
@@ -268,7 +291,7 @@ def _metrics(part: pd.DataFrame, method: str, k: int, baselines: dict, temperatu
     sums = dict(zip(names, by_prompt(part, part[names].to_numpy(float)).T, strict=True))
     yield "tokens_per_second", sums["tokens"] / sums["decode_s"], n, "tokens/s"
     yield "repeated_8gram_share", sums["repeated_8gram"] / sums["tokens"], n, "share"
-    if method != "hf_generate":
+    if method not in ("hf_generate", "hf_static"):
         for name in ("draft", "verify", "commit", "host"):
             yield f"{name}_ms", 1e3 * sums[f"{name}_s"] / sums["rounds"], n, "ms/round"
     if k:

@@ -33,6 +33,7 @@ SOLID, DASHED, DOTTED = (), (4, 2), (1, 1.5)
 STYLES: dict[str, tuple[str, str, tuple, str]] = {  # colour, marker, dashes, hatch
     "plain": ("#808080", "P", DOTTED, ""),
     "hf_generate": ("#b3b3b3", "X", DOTTED, "oo"),
+    "hf_static": ("#d0d0d0", "v", DOTTED, "++"),
     "medusa": ("#f0b040", "s", DASHED, "//"),
     "medusa-ps": ("#a63603", "D", SOLID, "xx"),
     "eagle": ("#74b9e8", "^", DASHED, ".."),
@@ -449,7 +450,7 @@ def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
     tokens = pick(summary, "tokens_per_step", task="all", temperature=temperature).set_index(shape).value
     figure, axes = _axes(1, width=8, height=0.45 * len(table) + 1.3)
     ax, left = axes[0, 0], np.zeros(len(table))
-    names = [m if m in BASELINES else f"{m}, {shape_name(*rest)}" for m, *rest in table.index]
+    names = [_way(*index) for index in table.index]
     for part in table:
         colour, hatch = PART_STYLES[part]
         ax.barh(names, table[part], left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=part)
@@ -463,6 +464,43 @@ def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
     ax.grid(axis="y", visible=False)
     _legend_right(ax)
     return figure
+
+
+@_themed
+def against_batch(frame: pd.DataFrame) -> Figure:
+    """Tokens a second and speedup over plain decoding against the batch size: columns of `cost.speeds`, a line each."""
+    figure, axes = _axes(2, width=4.6)
+    frame = frame.assign(method=[_way(*line) for line in frame[["method", "k", "tree", "nodes"]].to_numpy()])
+    shown = {"tokens_per_second": "tokens/s, all sequences", "speedup": LABELS["speedup_vs_plain"]}
+    for ax, (column, label) in zip(axes[0], shown.items(), strict=True):
+        sns.lineplot(frame, x="batch", y=column, hue="method", style="method", markers=True, errorbar=None, ax=ax)
+        ax.set(xlabel="batch size", ylabel=label, xscale="log", xticks=frame.batch.unique())
+        ax.set_xticklabels([f"{b:g}" for b in frame.batch.unique()])
+        ax.legend(title="", fontsize=7)
+    axes[0, 1].axhline(1, color="#4d4d4d", lw=1, ls=":")
+    return figure
+
+
+@_themed
+def against_tokens(frames: dict[str, pd.DataFrame], goal: float) -> Figure:
+    """Speedup as a function of tokens_per_step, a panel a shape (`cost.speeds` at batch 1); dots: what was recorded."""
+    figure, axes = _axes(len(frames), width=4.6, sharey=True)
+    for ax, (name, frame) in zip(axes[0], frames.items(), strict=True):
+        frame = frame[(frame.batch == 1) & (frame.k > 0)]
+        lines = zip(sns.color_palette("colorblind", len(frame)), frame.to_dict("records"), strict=True)
+        for i, (colour, line) in enumerate(lines):
+            slope, most = line["speedup"] / line["tokens_per_step"], line["k"] + 1
+            label = _way(line["method"], line["k"], line["tree"], line["nodes"])
+            ax.plot([1, most], [slope, slope * most], color=colour, ls=("-", "--", ":", "-.")[i % 4], label=label)
+            ax.plot(line["tokens_per_step"], line["speedup"], "o", color=colour)
+        ax.axhline(goal, color="#4d4d4d", lw=1, ls=":", label=f"{goal:g}: the paper's")
+        ax.set(title=name, xlabel=LABELS["tokens_per_step"], ylabel=LABELS["speedup_vs_plain"])
+        ax.legend(title="", fontsize=7)
+    return figure
+
+
+def _way(method: str, k: int, tree: str, nodes: int) -> str:
+    return f"{method}, {shape_name(k, tree, nodes)}" if k else method
 
 
 def _legend_right(ax: Axes) -> None:

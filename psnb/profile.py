@@ -109,6 +109,7 @@ class Profile:
     target: TargetSpec = field(default_factory=TargetSpec)
     drafters: dict[str, DrafterSpec] = field(default_factory=dict)
     notebooks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stages: list[str] = field(default_factory=list)  # the notebooks that this profile runs; empty: all
 
 
 def nearest(name: str, names: typing.Iterable[str]) -> str:

@@ -28,6 +28,11 @@ CPU_FLOPS, GPU_FLOPS = 1e11, 1e14  # a second, reached while training: 2 cores; 
 def notebooks(study: Study) -> dict[str, Path]:
     """The source notebooks by name, in order. Raises UserError where there are none."""
     found = {path.stem: path for path in sorted((study.root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    if wrong := [name for name in study.profile.stages if name not in found]:
+        raise UserError(
+            f"profile {study.profile.name}: unknown notebook {wrong[0]!r} in stages; {nearest(wrong[0], found)}"
+        )
+    found = {name: path for name, path in found.items() if name in (study.profile.stages or found)}
     if not found:
         raise UserError(f"no notebooks in {study.root / 'notebooks'}: run psnb inside the project's folder")
     return found

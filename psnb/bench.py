@@ -1,0 +1,125 @@
+"""The table of one machine in one run: plain decoding, transformers' own, every drafter of a profile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from psnb import manifest, measure
+from psnb.engine import Engines
+from psnb.errors import UserError
+from psnb.measure import ARM, Arm
+from psnb.profile import nearest
+
+if TYPE_CHECKING:
+    from psnb.study import Study
+
+SHOWN = {
+    "tokens_per_second": "tokens/s",
+    "tokens_per_step": "tokens/step",
+    "speedup_vs_plain": "x plain",
+    "speedup_vs_hf": "x generate",
+}
+
+
+def arms(lengths: dict[str, int], nodes: int) -> list[Arm]:
+    """Baselines, then each drafter with a chain of its k and with its own tree of `nodes` nodes (0: chains alone).
+
+    {"eagle": 5, "eagle-ps": 8}, 16 -> plain, hf_generate, hf_static, 2 chains, a dynamic and a best-first tree.
+    """
+    made = measure.chains({**{name: [0] for name in measure.BASELINES}, **{name: [k] for name, k in lengths.items()}})
+    grown = {name: [[k, nodes]] for name, k in lengths.items() if nodes and name != "medusa"}
+    return made + measure.trees(grown)
+
+
+def spread(families: Sequence[str], count: int) -> list[int]:
+    """Indices of `count` prompts, the families in turn: ["a", "a", "b"], 2 -> [0, 2]."""
+    place: dict[str, int] = {}
+    order = []
+    for index, family in enumerate(families):
+        place[family] = place.get(family, 0) + 1
+        order.append((place[family], index))
+    return [index for _, index in sorted(order)[:count]]
+
+
+def run(
+    study: Study,
+    *,
+    methods: Sequence[str] = (),
+    k: int = 5,
+    nodes: int = 0,
+    prompts: int = 8,
+    tokens: int = 64,
+    temperatures: Sequence[float] = (0.0, 0.7),
+    repeats: int = 1,
+) -> dict[str, Any]:
+    """Measure; see `table`. `rows` are summary.csv's, over all prompts, and the time to the first token.
+
+    Raises `UserError` for a method that the profile does not have, and for counts below 1.
+    """
+    for name, count in {"k": k, "prompts": prompts, "tokens": tokens, "repeats": repeats}.items():
+        if count < 1:
+            raise UserError(f"{name} = {count}: give 1 or more")
+    wrong = [name for name in methods if name not in study.profile.drafters]
+    if wrong:
+        raise UserError(f"unknown drafter {wrong[0]!r}; {nearest(wrong[0], study.profile.drafters)}")
+    study = study.fastest()
+    target = study.target()
+    drafters = {name: study.drafter(name) for name in methods or study.profile.drafters}
+    every = study.prompts()
+    chosen = every.select(spread(every["family"], prompts))
+    if target.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    engines = Engines(target, drafters)
+    plan = arms({name: min(k, drafter.k) for name, drafter in drafters.items()}, nodes)
+    budget = {"temperatures": temperatures, "max_new_tokens": tokens, "repeats": repeats}
+    seed = study.profile.seed
+    runs = measure.run(target, drafters, chosen, arms=plan, seed=seed, label="bench", engines=engines, **budget)
+    rows = measure.summary(runs, "bench")
+    first = runs.groupby([*ARM, "temperature"], sort=False)["prefill_s"].median().reset_index()
+    lines = [
+        measure._row(
+            "bench",
+            [line[name] for name in ARM],
+            line["temperature"],
+            "first_token_ms",
+            1e3 * line["prefill_s"],
+            len(chosen),
+            "ms",
+        )
+        for line in first.to_dict("records")
+    ]
+    cuda = target.device.type == "cuda"
+    return {
+        "profile": study.profile.name,
+        "dtype": study.profile.dtype,
+        "revision": manifest.revision(study.root),
+        "machine": manifest.machine(),
+        "budget": {**budget, "prompts": len(chosen), "k": k, "nodes": nodes, "seed": seed},
+        "capture_seconds": engines.capture_seconds,
+        "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
+        "rows": pd.concat([rows[rows["task"] == "all"], pd.DataFrame(lines)], ignore_index=True).to_dict("records"),
+    }
+
+
+def table(found: dict[str, Any]) -> pd.DataFrame:
+    """What `run` found, a line a way of decoding and temperature."""
+    rows = pd.DataFrame(found["rows"])
+    rows = rows.fillna({"tree": "", "k": 0, "nodes": 0})
+    index = ["temperature", "method", "tree", "k", "nodes"]
+    wide = rows.pivot_table(index=index, columns="metric", values="value", sort=False)
+    shown = {**SHOWN, "first_token_ms": "first token, ms"}
+    made = wide[[name for name in shown if name in wide]].rename(columns=shown).reset_index()
+    low = rows[rows["metric"] == "tokens_per_second"]
+    made.insert(6, "95 %", [f"{a:.1f} to {b:.1f}" for a, b in zip(low["low"], low["high"], strict=True)])
+    return made.astype({"k": int, "nodes": int}).round(2)
+
+
+def write(found: dict[str, Any], path: Path) -> None:
+    """`run`'s result as JSON; NaN becomes null."""
+    clean = [{name: None if value != value else value for name, value in row.items()} for row in found["rows"]]
+    manifest.write_json(path, {**found, "rows": clean})
