@@ -147,8 +147,8 @@ def rounds(
 ) -> pd.DataFrame:
     """Rounds taken apart, a row an arm and batch: the arm's columns, batch, and
 
-    draft_ms .. commit_ms, each repeated alone, `repeats` times; alone_ms, the whole round repeated; round_ms, a round in
-    a generation of `tokens` tokens after `context` ones, with the host; host_share of it; tokens_per_step;
+    draft_ms .. commit_ms, each repeated alone, `repeats` times; alone_ms, the whole round repeated; round_ms, one in a
+    generation of `tokens` tokens after `context` ones, with the host; host_share of it; tokens_per_step;
     first_token_ms; capture_seconds; peak_gb (GPU). With `recorded` counts decisions are replayed. `options` are
     `Engine`'s. `hf_static` and `hf_generate` have round_ms alone, at batch 1.
     """
