@@ -22,7 +22,7 @@ def test_a_shape_reads_all_its_weights_but_the_input_embedding():
     hidden, layers, _, keys, inner, vocab = cost.SHAPES["toy"]
     layer = 2 * hidden * hidden + 2 * hidden * (hidden // 4) * keys + 3 * hidden * inner + 2 * hidden
     assert cost.step_bytes(target) == 2 * (layers * layer + hidden + vocab * hidden)
-    tied = toys.target()
+    tied = toys.target(tie_word_embeddings=True)
     assert cost.step_bytes(tied) == 4 * sum(w.numel() for w in tied.model.parameters())
     with pytest.raises(UserError, match="llama-2-7c.*llama-2-7b"):
         cost.shape("llama-2-7c", torch.device("cpu"), torch.bfloat16)
