@@ -1,5 +1,6 @@
 """The command line, the two `make` commands' plumbing, and what a user's mistakes look like."""
 
+import dataclasses
 import functools
 import os
 import re
@@ -19,6 +20,7 @@ from psnb import runner
 from psnb.__main__ import main
 from psnb.errors import UserError
 from psnb.manifest import RunManifest
+from psnb.study import Study
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -344,3 +346,16 @@ def test_smoke_only(smoke):
 def test_errors_inside_are_user_errors(toy):
     with pytest.raises(UserError, match="unknown stage"):
         runner.run("toy.toml", only="x")
+
+
+def test_a_profile_may_run_some_notebooks_alone():
+    study = Study.open("shapes")
+    assert list(runner.notebooks(study)) == ["07_cost"]
+    wrong = dataclasses.replace(study, profile=dataclasses.replace(study.profile, stages=["07_costs"]))
+    with pytest.raises(UserError, match=r"profile shapes: unknown notebook '07_costs' in stages.*07_cost"):
+        runner.notebooks(wrong)
+
+
+def test_bench_refuses_a_drafter_that_the_profile_lacks():
+    made = psnb("bench", "--methods", "eagel")
+    assert made.returncode == 2 and "unknown drafter 'eagel'" in made.stderr and "eagle" in made.stderr
