@@ -182,7 +182,7 @@ def fit(
 
     saved: Saved | None = None
     lines: list[Row] = []
-    sums: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}  # names of metrics -> their pairs [M, 2] so far: one tensor, few small operations
     begin, tokens, seconds = 0, 0, 0.0  # begin: the last step that is saved
     if state is not None:
         budget = {k: v for k, v in dataclasses.asdict(spec).items() if k not in FREE}
@@ -208,13 +208,18 @@ def fit(
         for row in new:
             log(row)
 
-    def collect(step: int) -> None:
+    def collect(step: int) -> dict[str, tuple[float, float]]:
         """Adds up the sums of all processes in the main one. Raises `UserError` where the loss is not finite."""
-        total = accelerator.reduce(torch.stack(list(sums.values())), "sum")
-        for name, pair in zip(sums, total, strict=True):
-            sums[name] = pair if main else torch.zeros_like(pair)
-        if not math.isfinite(value := total[list(sums).index("loss"), 0].item()):
+        found: dict[str, tuple[float, float]] = {}
+        for names, pairs in sums.items():
+            total = accelerator.reduce(pairs, "sum")
+            sums[names] = total if main else torch.zeros_like(total)
+            for name, (value, of) in zip(names.split(), total.tolist(), strict=True):
+                before = found.get(name, (0.0, 0.0))
+                found[name] = before[0] + value, before[1] + of
+        if not math.isfinite(value := found["loss"][0]):
             raise UserError(f"training diverged at step {step} (loss {value}): lower learning_rate")
+        return found
 
     def parts_of(batch: Batch) -> Iterator[Batch]:
         first = accelerator.process_index * spec.accumulate
@@ -231,9 +236,9 @@ def fit(
                     value, metrics = loss(part, step, counts)
                 accelerator.backward(value)
                 whole = {"loss": (value, torch.full_like(value, 1 / parts)), **metrics}  # a step's parts are one loss
-                for name, pair in whole.items():
-                    pair = torch.stack([number.detach().float() for number in pair])
-                    sums[name] = sums[name] + pair if name in sums else pair
+                names = " ".join(whole)
+                pairs = torch.stack([number.detach().float() for pair in whole.values() for number in pair]).view(-1, 2)
+                sums[names] = sums[names] + pairs if names in sums else pairs
             reduce_gradients(accelerator, weights)
             accelerator.clip_grad_norm_(weights, spec.clip)
             optimizer.step()
@@ -249,9 +254,9 @@ def fit(
         tokens += next(iter(batch.values())).numel()
         last = step == spec.steps
         if step % spec.log_every == 0 or last:
-            collect(step)
+            found = collect(step)
             if main:
-                values = {name: (pair[0] / pair[1].clamp(min=1e-9)).item() for name, pair in sums.items()}
+                values = {name: total / max(of, 1e-9) for name, (total, of) in found.items()}
                 if device.type == "cuda":
                     values["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
                 report(step, {**values, "seconds": time.perf_counter() - started})

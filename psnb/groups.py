@@ -1,6 +1,6 @@
 """The group layout of group-wise training: rows, positions, attention, conditional drop (DESIGN section 2).
 
-Every anchor t of a sequence carries masks d = 1..M. Rows are (depth d, anchor t), depth-major; d = 0 is the real row.
+Every anchor t of a sequence carries masks d = 1..M. Rows are (depth d, anchor t), the real ones (d = 0) first.
 `mask` is the attention written out, [R, R]; `Rows` and `attend` are the same attention without it.
 """
 
@@ -57,10 +57,11 @@ def layout(n: int, masks: int) -> tuple[Tensor, Tensor]:
 def drop(
     n: int, masks: int, keep: float, keep_min: float, generator: torch.Generator, share: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The rows that conditional drop keeps (COD: PARD, P-EAGLE): (depth, anchor), depth-major, anchors sorted.
+    """The rows that conditional drop keeps (COD: PARD, P-EAGLE): (depth, anchor), the real rows, then the masks.
 
     Depth d keeps share * max(keep^d, keep_min) of the n anchors, drawn from those that depth d - 1 kept, so that the
-    chain (1, t) .. (d, t) of a kept row is complete. Depth 0 is kept whole. keep = share = 1 is `layout`.
+    chain (1, t) .. (d, t) of a kept row is complete. Depth 0 is kept whole. Masks stand anchor by anchor: neighbours
+    see about the same context, so that few blocks of the attention are cut. keep = share = 1 has the rows of `layout`.
     """
     kept = torch.arange(n)
     depths, anchors = [torch.zeros(n, dtype=torch.long)], [kept]
@@ -69,7 +70,9 @@ def drop(
         kept = kept[torch.randperm(len(kept), generator=generator)[:count]].sort().values
         depths.append(torch.full((count,), d))
         anchors.append(kept)
-    return torch.cat(depths), torch.cat(anchors)
+    depth, anchor = torch.cat(depths), torch.cat(anchors)
+    order = torch.cat([torch.arange(n), n + (anchor[n:] * (masks + 1) + depth[n:]).argsort()])
+    return depth[order], anchor[order]
 
 
 def mask(depth: Tensor, anchor: Tensor, document: Tensor) -> Tensor:
@@ -147,12 +150,14 @@ def block_table(depth: Tensor, anchor: Tensor, document: Tensor, size: int) -> t
 
 def block_mask(depth: Tensor, anchor: Tensor, document: Tensor, size: int = 128) -> BlockMask:
     """The group mask as flex attention takes it: depth, anchor [R], document [B, n]."""
-    of = document[:, anchor]
+    n, many = document.shape[1], len(depth) + 1  # `sees` reads one table of the keys, three of the rows
+    first = (torch.arange(n, device=anchor.device) - positions(document))[:, anchor]  # where the row's document begins
+    own = anchor * many
+    code = own + depth  # of its own group a row sees the masks up to itself: codes above `own`, up to its own
 
     def sees(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        context = (depth[key] == 0) & (anchor[key] <= anchor[row])
-        own = (depth[key] >= 1) & (anchor[key] == anchor[row]) & (depth[key] <= depth[row])
-        return (context | own) & (of[b, row] == of[b, key])
+        context = (key < n) & (key <= anchor[row]) & (key >= first[b, row])
+        return context | ((code[key] > own[row]) & (code[key] <= code[row]))
 
     some, full = block_table(depth, anchor, document, size)
     lists = []

@@ -26,25 +26,30 @@ from psnb.target import Target, as_batch, check_rows
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Slots = list[tuple[Tensor, Tensor, Tensor]]  # per slot: hidden [B, a, H], teacher position [a], valid [B, a]
-
-LOGITS = 2**25  # entries of a table of logits held at once
+LOGITS = 2**26  # entries of a table of logits held at once
 
 
-class Term(NamedTuple):
-    """One part of a loss, weight * total / tallies[tally]. Totals and tallies add up over batches and processes."""
+class Slots(NamedTuple):
+    """Which rows draft which slot, and what they are judged by: J rows in all."""
 
-    weight: float
-    total: Tensor
-    tally: int
+    sizes: list[int]  # rows of each of the S slots
+    slot: Tensor  # [J]
+    anchor: Tensor  # [J]
+    place: Tensor  # [J] where the teacher's logits for it stand
+    valid: Tensor  # bool [B, J]
+    hidden: Tensor  # [B, J, H]; [B, n - 1, H] where all slots read the same rows (Medusa's heads)
 
+    def parts(self) -> Sequence[Tensor]:
+        """The hidden rows of each slot, anchor by anchor."""
+        if self.hidden.shape[1] < len(self.slot):
+            return [self.hidden] * len(self.sizes)
+        return self.hidden[:, self.slot.argsort(stable=True)].split(self.sizes, 1)
 
-class Scores(NamedTuple):
-    """What the vocabulary says of one slot's rows, each [B, a]."""
-
-    nats: Tensor  # cross entropy to the target's distribution, or to the text's token
-    log_q: Tensor  # log probability of the text's token
-    match: Tensor  # bool: the arg max is the target's
+    def table(self, values: Tensor, n: int) -> Tensor:
+        """values [B, J] -> [B, S, n]: by slot and anchor, 0 where there is no row."""
+        made = values.new_zeros(len(values), len(self.sizes), n)
+        made[:, self.slot, self.anchor] = values
+        return made
 
 
 @torch.no_grad()
@@ -58,53 +63,42 @@ def teacher(target: Target, batch: Batch, taps: Sequence[int] = (), run: Callabl
     return (run or target.features)(batch["input_ids"], groups.positions(document), mask, taps=taps)
 
 
-def judged(drafter: Drafter, batch: Batch, anchor: Tensor, counts: list[int]) -> list[tuple[Tensor, Tensor]]:
-    """What each slot is judged by: per slot teacher position [a] and valid bool [B, a], from the rows alone.
+def judged(drafter: Drafter, batch: Batch, depth: Tensor, anchor: Tensor, counts: list[int]) -> Slots:
+    """What each slot is judged by, from the rows alone (`hidden` is empty).
 
-    anchor [R] over the n - 1 anchors that know x_{t+1}; counts[d] rows have depth d. Slot i of anchor t is judged
+    depth, anchor [R] over the n - 1 anchors that know x_{t+1}; counts[d] rows have depth d. Slot i of anchor t is held
     against the target's logits at t + 1 + i. It is valid where x_{t+2+i} lies in the anchor's document and, with a
-    loss mask, is selected.
+    loss mask, is selected. Depths that are absent leave out the last slots.
     """
     document = batch["document"]
     n = document.shape[1]
     chosen = batch["loss_mask"].bool() if "loss_mask" in batch else document >= 0
-    result = []
-    for slot, at in enumerate(_by_slot(drafter, anchor.split(counts))):
-        token = (at + 2 + slot).clamp(max=n - 1)
-        valid = (at + 2 + slot < n) & (document[:, token] == document[:, at]) & chosen[:, token]
-        result.append((token - 1, valid))
-    return result
+    if drafter.masks:
+        sizes = counts[-drafter.first_slot :]
+        slot, anchor = depth[-sum(sizes) :] + drafter.first_slot, anchor[-sum(sizes) :]
+    else:  # every slot is drafted from the real rows: Medusa's heads, EAGLE's first pass
+        heads = drafter.k if drafter.spec.kind == "medusa" else 1
+        sizes = counts[:1] * heads
+        slot = torch.arange(heads, device=depth.device).repeat_interleave(counts[0])
+        anchor = anchor.repeat(heads)
+    token = anchor + 2 + slot
+    inside, token = token < n, token.clamp(max=n - 1)
+    valid = inside & (document[:, token] == document[:, anchor]) & chosen[:, token]
+    return Slots(sizes, slot, anchor, token - 1, valid, document.new_empty(0, 0, 0))
 
 
-def chains(places: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-    """Per slot where each of its chains stood one slot before [a], and whether it is valid so far, bool [B, a].
+def tallies(drafter: Drafter, batch: Batch, depth: Tensor, anchor: Tensor, counts: list[int]) -> Tensor:
+    """What `group_sums` are divided by, [2, S]: valid rows of each slot, and chains that reach it.
 
     A chain reaches a slot where its anchor's masks are kept and its tokens valid up to there.
     """
-    anchors = [place - slot for slot, (place, _) in enumerate(places)]  # clamped ends are never valid
-    found = [(torch.arange(len(anchors[0]), device=anchors[0].device), places[0][1])]
-    for slot in range(1, len(places)):
-        back = torch.searchsorted(anchors[slot - 1], anchors[slot])
-        found.append((back, found[-1][1][:, back] & places[slot][1]))
-    return found
-
-
-def tallies(drafter: Drafter, batch: Batch, anchor: Tensor, counts: list[int]) -> list[Tensor]:
-    """What the terms of `group_terms` are divided by: valid rows of each slot, then, for the streak, chains."""
-    places = judged(drafter, batch, anchor, counts)
-    rows = [valid.sum() for _, valid in places]
-    return rows + [alive.sum() for _, alive in chains(places)] if drafter.spec.streak_weight else rows
-
-
-def _by_slot(drafter: Drafter, parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Parts by depth -> parts by slot; depths that are absent leave out the last slots."""
-    if drafter.masks == 0:  # every slot is drafted from the real rows: Medusa's heads, EAGLE's first pass
-        return parts[:1] * (drafter.k if drafter.spec.kind == "medusa" else 1)
-    return parts[-drafter.first_slot :]
+    made = judged(drafter, batch, depth, anchor, counts)
+    valid = made.table(made.valid, batch["document"].shape[1])
+    return torch.stack([valid.sum((0, 2)), valid.cumprod(1).sum((0, 2))])
 
 
 def slots(drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, anchor: Tensor, counts: list[int]) -> Slots:
-    """The drafter's training forward, cut by slot.
+    """The drafter's training forward: the rows that draft, by slot.
 
     features [B, n, (1 + taps) * H]; depth, anchor [R], counts as in `judged`.
     """
@@ -113,22 +107,23 @@ def slots(drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, ancho
     attention = groups.structure if drafter.spec.attention == "structured" else groups.mask
     mask = attention(depth, anchor, document[:, :-1])
     hidden = drafter.rows(features[:, :-1], ids[:, 1:], depth, anchor, place, mask)
-    by_slot = _by_slot(drafter, hidden.split(counts, 1))
-    return [(rows, *how) for rows, how in zip(by_slot, judged(drafter, batch, anchor, counts), strict=True)]
+    made = judged(drafter, batch, depth, anchor, counts)
+    return made._replace(hidden=hidden[:, -len(made.slot) :])
 
 
-def _measure(z: Tensor, w: Tensor, token: Tensor, hard: bool, streak: bool) -> tuple[Tensor, ...]:
-    """Drafter's and target's logits z, w [..., V], token [...] -> nats, log_q, match [...], and two slopes [..., V].
+def _measure(z: Tensor, w: Tensor, at: Tensor, token: Tensor, hard: bool, streak: bool) -> tuple[Tensor, ...]:
+    """Drafter's logits z [b, j, V], the target's w [b, m, V], those of row j at at[j]; the text's tokens [b, j].
 
-    The slopes are those of nats (q - p) and, for the streak, of log_q (onehot - q) with respect to z.
+    Returns nats, log_q, match [b, j] and two slopes [b, j, V]: of nats (q - p) and, for the streak, of log_q
+    (onehot - q) with respect to z.
     """
-    log_q = z.float().log_softmax(-1)
-    q, at = log_q.exp(), token[..., None]
-    own = log_q.gather(-1, at).squeeze(-1)
-    one = torch.zeros_like(q).scatter_(-1, at, 1.0)
-    p = one if hard else w.float().softmax(-1)
+    w, log_q = w[:, at], z.float().log_softmax(-1)
+    q, token = log_q.exp(), token[..., None]
+    own = log_q.gather(-1, token).squeeze(-1)
+    one = torch.arange(z.shape[-1], device=z.device) == token
+    p = one.float() if hard else w.float().softmax(-1)
     nats = -own if hard else -(p * log_q).sum(-1)
-    slopes = [(q - p).to(z.dtype)] + ([(one - q).to(z.dtype)] if streak else [])
+    slopes = [(q - p).to(z.dtype)] + ([(one.float() - q).to(z.dtype)] if streak else [])
     return nats, own, z.argmax(-1) == w.argmax(-1), *slopes
 
 
@@ -137,21 +132,24 @@ def _compiled_measure() -> Callable[..., tuple[Tensor, ...]]:
     return torch.compile(_measure, dynamic=True)
 
 
-def _pieces(places: list[Tensor], batch: int, n: int, vocab: int) -> Iterator[tuple[slice, slice, list[slice]]]:
-    """Cut B rows of n positions so that a piece's logits are at most LOGITS entries.
+def _pieces(place: Tensor, batch: int, n: int, vocab: int) -> Iterator[tuple[slice, slice | Tensor, slice]]:
+    """Cut B rows, each with logits for J rows [J] of n positions, so that a piece's logits are at most LOGITS entries.
 
-    places[i] [a]: ascending teacher positions of slot i. Yields (batch rows, positions, per slot: its rows there).
+    Yields (batch rows, index of the rows that draft, the teacher's positions they need).
     """
-    wide = max(1, min(n, LOGITS // vocab))
+    count = len(place)
+    wide = max(1, min(count, LOGITS // vocab))
     tall = max(1, LOGITS // (vocab * wide))
-    edges = [*range(0, n, wide), n]
-    if len(edges) == 2:  # every slot whole: nothing is read back from the device
-        cuts = [[0, len(place)] for place in places]
-    else:
-        cuts = [torch.searchsorted(place, torch.tensor(edges, device=place.device)).tolist() for place in places]
+    cuts: list[tuple[slice | Tensor, slice]] = [(slice(0, count), slice(0, n))]
+    if wide < count:  # in the order of the positions, so that a piece needs few of them
+        cuts, order = [], place.argsort(stable=True)
+        first, last = (place[order[i::wide]].tolist() for i in (0, wide - 1))
+        last.append(n - 1)
+        for index, low, high in zip(order.split(wide), first, last, strict=False):
+            cuts.append((index, slice(low, high + 1)))
     for start in range(0, batch, tall):
-        for i, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
-            yield slice(start, start + tall), slice(low, high), [slice(cut[i], cut[i + 1]) for cut in cuts]
+        for index, span in cuts:
+            yield slice(start, start + tall), index, span
 
 
 class _Vocabulary(torch.autograd.Function):
@@ -162,99 +160,81 @@ class _Vocabulary(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        target: Target,
-        features: Tensor,
-        ids: Tensor,
-        places: list[Tensor],
-        spec: DrafterSpec,
-        *hidden: Tensor,
+        ctx: Any, target: Target, features: Tensor, ids: Tensor, place: Tensor, spec: DrafterSpec, hidden: Tensor
     ) -> tuple[Tensor, ...]:
         weight = target.model.get_output_embeddings().weight
         measure = _compiled_measure() if ids.is_cuda else _measure
-        streak, learns = spec.streak_weight > 0, any(ctx.needs_input_grad)
-        shapes = [h.shape[:2] for h in hidden]
-        values = [[ids.new_empty(s, dtype=kind) for s in shapes] for kind in (torch.float, torch.float, torch.bool)]
-        slopes = [[torch.empty_like(h) for h in hidden] for _ in range(1 + streak)] if learns else []
-        for rows, span, parts in _pieces(places, *ids.shape, target.vocab_size):
+        streak, hard = spec.streak_weight > 0, spec.labels == "hard"
+        shape = hidden.shape[:2]
+        values = [ids.new_empty(shape, dtype=kind) for kind in (torch.float, torch.float, torch.bool)]
+        slopes = [torch.empty_like(hidden) for _ in range(1 + streak)] if ctx.needs_input_grad[-1] else []
+        for rows, index, span in _pieces(place, *ids.shape, target.vocab_size):
+            z, at = target.logits(hidden[rows, index]), place[index]
             wanted = target.logits(features[rows, span])  # once a position, whichever slots need it
-            for i, part in enumerate(parts):
-                if part.start == part.stop:
-                    continue
-                place = places[i][part]
-                z = target.logits(hidden[i][rows, part])
-                made = measure(z, wanted[:, place - span.start], ids[rows][:, place + 1], spec.labels == "hard", streak)
-                for table, value in zip(values, made, strict=False):
-                    table[i][rows, part] = value
-                weight = weight.to(z.dtype)
-                for table, slope in zip(slopes, made[3:], strict=False):
-                    table[i][rows, part] = (slope @ weight).to(z.dtype)
-        ctx.mark_non_differentiable(*values[2])
-        ctx.save_for_backward(*(h for table in slopes for h in table))
-        return tuple(value for table in values for value in table)
+            made = measure(z, wanted, at - span.start, ids[rows, at + 1], hard, streak)
+            for table, value in zip(values, made, strict=False):
+                table[rows, index] = value
+            weight = weight.to(z.dtype)
+            for table, slope in zip(slopes, made[3:], strict=False):
+                table[rows, index] = (slope @ weight).to(table.dtype)
+        ctx.mark_non_differentiable(values[2])
+        ctx.save_for_backward(*slopes)
+        return tuple(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        count = len(grads) // 3
         found = [grad[..., None] * slope for grad, slope in zip(grads, ctx.saved_tensors, strict=False)]
-        if len(found) > count:
-            found = [a + b for a, b in zip(found[:count], found[count:], strict=True)]
-        return (None,) * 5 + tuple(found)
+        return *(None,) * 5, sum(found[1:], found[0])
 
 
-def score(drafter: Drafter, batch: Batch, features: Tensor, made: Slots) -> list[Scores]:
-    """Hold every slot's rows against the target's vocabulary, no more than LOGITS logits of each at a time.
+def score(drafter: Drafter, batch: Batch, features: Tensor, made: Slots) -> tuple[Tensor, Tensor, Tensor]:
+    """Hold the rows that draft against the target's vocabulary, no more than LOGITS logits at a time.
 
-    batch of [B, n], features [B, n, (1 + taps) * H]; `made` as `slots` gives it.
+    batch of [B, n], features [B, n, (1 + taps) * H] -> each [B, J]: nats, the cross entropy to the target's
+    distribution or to the text's token; log_q, the log probability of the text's token; match, whether the arg max is
+    the target's.
     """
     target, ids, spec = drafter.target, batch["input_ids"], drafter.spec
-    places, hidden = [place for _, place, _ in made], [h for h, _, _ in made]
     if drafter.frozen_head:
-        flat = _Vocabulary.apply(target, features, ids, places, spec, *hidden)
-        return [Scores(*flat[i :: len(made)]) for i in range(len(made))]
+        return _Vocabulary.apply(target, features, ids, made.place, spec, made.hidden)
 
     def piece(h: Tensor, f: Tensor, token: Tensor, slot: int) -> tuple[Tensor, ...]:
-        return _measure(drafter.logits(h, slot), target.logits(f), token, spec.labels == "hard", False)[:3]
+        z, at = drafter.logits(h, slot), torch.zeros(1, dtype=torch.long, device=h.device)
+        return _measure(z[:, None], target.logits(f)[:, None], at, token[:, None], spec.labels == "hard", False)[:3]
 
     # a trained projection: the logits of a piece are made again in the backward pass
-    found = []
-    for slot, (h, place) in enumerate(zip(hidden, places, strict=True)):
-        size = max(1, LOGITS // target.vocab_size)
+    found: list[list[Tensor]] = [[], [], []]
+    size = max(1, LOGITS // target.vocab_size)
+    for slot, (h, place) in enumerate(zip(made.parts(), made.place.split(made.sizes), strict=True)):
         given = [x.flatten(0, 1).split(size) for x in (h, features[:, place], ids[:, place + 1])]
         parts = [checkpoint(piece, *part, slot, use_reentrant=False) for part in zip(*given, strict=True)]
-        found.append(Scores(*(torch.cat(x).view(h.shape[:2]) for x in zip(*parts, strict=True))))
-    return found
+        for table, values in zip(found, zip(*parts, strict=True), strict=True):
+            table.append(torch.cat(values).view(h.shape[:2]))
+    nats, log_q, match = (torch.cat(table, 1) for table in found)
+    return nats, log_q, match
 
 
-def group_terms(
+def group_sums(
     drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, anchor: Tensor, counts: list[int]
-) -> tuple[list[Term], list[Tensor]]:
-    """The loss in terms, and per slot [sum of nats, arg-max matches, valid rows].
+) -> dict[str, Tensor]:
+    """What the loss is made of, each summed over the valid rows of a slot, [S].
 
-    Weighted mean over slots, slot i weighing slot_decay^i, of ce_weight * CE(target's distribution, drafter)
-    + feature_weight * SmoothL1(features); less streak_weight times SpecDiff-2's expected accepted prefix, the sum over
-    m of the mean of prod_{j <= m} q_j(x_j) over the chains that reach slot m, x the text's own continuation.
+    nats: CE(target's distribution, drafter); gap: SmoothL1(features); streak: prod_{j <= m} q_j(x_j) of the chains that
+    reach slot m, x the text's own continuation (SpecDiff-2); match: arg maxes that agree; rows: valid rows.
     """
-    spec = drafter.spec
+    spec, n = drafter.spec, batch["document"].shape[1]
     made = slots(drafter, batch, features, depth, anchor, counts)
-    scores = score(drafter, batch, features, made)
-    whole = sum(spec.slot_decay**slot for slot in range(len(made)))
-    terms: list[Term] = []
-    metrics: list[Tensor] = []
-    for slot, ((hidden, place, valid), seen) in enumerate(zip(made, scores, strict=True)):
-        weight, nats = spec.slot_decay**slot / whole, (seen.nats * valid).sum()
-        terms.append(Term(weight * spec.ce_weight, nats, slot))
-        if spec.feature_weight:
-            expected = features[:, place, -hidden.shape[-1] :]
-            gap = F.smooth_l1_loss(hidden.float(), expected.float(), reduction="none").mean(-1)
-            terms.append(Term(weight * spec.feature_weight, (gap * valid).sum(), slot))
-        metrics.append(torch.stack([nats.detach(), (seen.match & valid).sum(), valid.sum()]))
+    valid = made.table(made.valid, n)
+    nats, log_q, match = (made.table(values, n) for values in score(drafter, batch, features, made))
+    sums = {"nats": nats * valid, "match": match & valid, "rows": valid}
+    if spec.feature_weight:
+        shared = made.hidden.shape[1] < len(made.slot)
+        hidden = (torch.cat(list(made.parts()), 1) if shared else made.hidden).float()
+        expected = features[:, made.place, -hidden.shape[-1] :].float()
+        sums["gap"] = made.table(F.smooth_l1_loss(hidden, expected, reduction="none").mean(-1), n) * valid
     if spec.streak_weight:
-        run = torch.zeros_like(scores[0].log_q)
-        for slot, (back, alive) in enumerate(chains([how for _, *how in made])):
-            run = run[:, back] + scores[slot].log_q
-            terms.append(Term(-spec.streak_weight, (run.exp() * alive).sum(), len(made) + slot))
-    return terms, metrics
+        sums["streak"] = log_q.cumsum(1).exp() * valid.cumprod(1)
+    return {name: table.sum((0, 2)).float() for name, table in sums.items()}
 
 
 def group_loss(
@@ -264,16 +244,26 @@ def group_loss(
     depth: Tensor,
     anchor: Tensor,
     counts: list[int],
-    totals: list[Tensor] | None = None,
-) -> tuple[Tensor, list[Tensor]]:
-    """The sum of `group_terms`, and its metrics.
+    totals: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and its `group_sums`.
 
+    Weighted mean over slots, slot i weighing slot_decay^i, of ce_weight * nats + feature_weight * gap, less
+    streak_weight times the sum over m of the mean streak of slot m: SpecDiff-2's expected accepted prefix.
     `totals` are the `tallies` of the whole batch, of which this one is a part; by default its own.
     """
-    terms, metrics = group_terms(drafter, batch, features, depth, anchor, counts)
-    totals = tallies(drafter, batch, anchor, counts) if totals is None else totals
-    loss = torch.stack([term.weight * term.total / totals[term.tally].clamp(min=1) for term in terms]).sum()
-    return loss, metrics
+    spec = drafter.spec
+    sums = group_sums(drafter, batch, features, depth, anchor, counts)
+    totals = tallies(drafter, batch, depth, anchor, counts) if totals is None else totals
+    rows, chains = totals.clamp(min=1)
+    weights = spec.slot_decay ** torch.arange(len(rows), device=rows.device)
+    loss = spec.ce_weight * sums["nats"]
+    if spec.feature_weight:
+        loss = loss + spec.feature_weight * sums["gap"]
+    loss = (weights / weights.sum() * loss / rows).sum()
+    if spec.streak_weight:
+        loss = loss - spec.streak_weight * (sums["streak"] / chains).sum()
+    return loss, sums
 
 
 @torch.no_grad()
@@ -286,21 +276,20 @@ def acceptance(drafter: Drafter, rows: Batch, size: int = 4) -> dict[str, float]
     n = rows["input_ids"].shape[1]
     device = drafter.target.device
     depth, anchor = (part.to(device) for part in groups.layout(n - 1, drafter.masks))
-    totals: dict[int, Tensor] = {}
+    totals: Tensor | float = 0.0
     for start in range(0, len(rows["input_ids"]), size):
         batch = {name: tensor[start : start + size].to(device) for name, tensor in rows.items()}
         features = teacher(drafter.target, batch, drafter.spec.taps)
-        alive = torch.ones_like(batch["document"][:, :-1], dtype=torch.bool)
         made = slots(drafter, batch, features, depth, anchor, [n - 1] * (drafter.masks + 1))
-        for slot, (seen, (_, _, valid)) in enumerate(zip(score(drafter, batch, features, made), made, strict=True)):
-            tried = alive & valid
-            alive = tried & seen.match
-            pair = torch.stack([alive.sum(), tried.sum(), valid.sum()])
-            totals[slot] = totals.get(slot, 0) + pair
+        valid, match = (made.table(x, n) for x in (made.valid, score(drafter, batch, features, made)[2]))
+        alive = (match & valid).cumprod(1).bool()
+        tried = torch.cat([valid[:, :1], alive[:, :-1] & valid[:, 1:]], 1)
+        totals = totals + torch.stack([x.sum((0, 2)) for x in (alive, tried, valid)])
+    hits, tries, judgements = totals
     values = {}
-    for slot, (hits, tried, valid) in totals.items():
-        values[f"accept_cond_{slot}"] = (hits / tried.clamp(min=1)).item()
-        values[f"accept_uncond_{slot}"] = (hits / valid.clamp(min=1)).item()
+    for slot in range(len(hits)):
+        values[f"accept_cond_{slot}"] = (hits[slot] / tries[slot].clamp(min=1)).item()
+        values[f"accept_uncond_{slot}"] = (hits[slot] / judgements[slot].clamp(min=1)).item()
     return values
 
 
@@ -356,6 +345,7 @@ def train_drafter(
     A run that was killed goes on from what stands in `state`.
     Raises `UserError` before the first step for rows from which nothing can be learned.
     """
+    Path(folder).mkdir(parents=True, exist_ok=True)
     if spec.train is None:
         raise UserError(f"drafter {spec.kind}: the profile gives no training budget (drafters.*.train)")
     budget = spec.train if steps is None else dataclasses.replace(spec.train, steps=steps)
@@ -378,15 +368,15 @@ def train_drafter(
         depth, anchor = groups.drop(n - 1, masks, spec.keep, spec.keep_min, draws, spec.anchors)
         return depth.to(device), anchor.to(device), torch.bincount(depth).tolist()
 
-    def count(batch: Batch, step: int) -> list[Tensor]:
-        return tallies(drafter, batch, *layout(step)[1:])
+    def count(batch: Batch, step: int) -> Tensor:
+        return tallies(drafter, batch, *layout(step))
 
-    def loss(batch: Batch, step: int, totals: list[Tensor]) -> tuple[Tensor, Metrics]:
+    def loss(batch: Batch, step: int, totals: Tensor) -> tuple[Tensor, Metrics]:
         features = teacher(target, batch, spec.taps, run)
-        value, parts = group_loss(drafter, batch, features, *layout(step), totals)
+        value, sums = group_loss(drafter, batch, features, *layout(step), totals)
         metrics: Metrics = {}
-        for slot, (nats, matches, valid) in enumerate(parts):
-            metrics |= {f"loss_{slot}": (nats, valid), f"match_{slot}": (matches, valid)}
+        for slot, (nats, matches, rows) in enumerate(zip(sums["nats"], sums["match"], sums["rows"], strict=True)):
+            metrics |= {f"loss_{slot}": (nats, rows), f"match_{slot}": (matches, rows)}
         return value, metrics
 
     lines = fit(

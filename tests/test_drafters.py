@@ -55,11 +55,11 @@ def test_training_forward_equals_decoding_forward(kind, changes):
     features = train.teacher(target, batch, drafter.spec.taps)
     depth, anchor = groups.layout(n - 1, drafter.masks)
     slots = train.slots(drafter, batch, features, depth, anchor, [n - 1] * (drafter.masks + 1))
-    assert len(slots) == (1 if kind == "eagle" else toys.K)
+    assert len(slots.sizes) == (1 if kind == "eagle" else toys.K)
     for t in range(n - 1):
         for k in (1, toys.K):
             decoded, _ = decoded_logits(drafter, features, ids, t, k)
-            for slot, (hidden, _, _) in enumerate(slots[:k]):
+            for slot, hidden in enumerate(slots.parts()[:k]):
                 torch.testing.assert_close(drafter.logits(hidden[:, t], slot)[0], decoded[slot], rtol=1e-5, atol=1e-5)
 
 
@@ -87,7 +87,8 @@ def test_slot_is_judged_by_the_token_it_drafts(kind):
     batch["document"][:, 6:] = 1
     depth, anchor = groups.layout(n - 1, drafter.masks)
     slots = train.slots(drafter, batch, train.teacher(target, batch), depth, anchor, [n - 1] * (drafter.masks + 1))
-    for slot, (_, position, valid) in enumerate(slots):
+    valids, positions = slots.valid.split(slots.sizes, 1), slots.place.split(slots.sizes)
+    for slot, (position, valid) in enumerate(zip(positions, valids, strict=True)):
         for t in range(n - 1):
             token = t + 2 + slot
             inside = token < 6 if t < 6 else token < n
@@ -113,8 +114,8 @@ def test_documents_do_not_see_each_other(kind, attention):
         n = batch["input_ids"].shape[1]
         depth, anchor = groups.layout(n - 1, drafter.masks)
         counts = [n - 1] * (drafter.masks + 1)
-        terms, parts = train.group_terms(drafter, batch, train.teacher(target, batch, taps), depth, anchor, counts)
-        return torch.cat([torch.stack(parts).flatten(), torch.stack([term.total for term in terms])])
+        made = train.group_sums(drafter, batch, train.teacher(target, batch, taps), depth, anchor, counts)
+        return torch.stack([made[name] for name in ("nats", "gap", "streak", "match", "rows")])
 
     together = sums([0, 1, 2])
     torch.testing.assert_close(together, sums([2, 0, 1]), rtol=1e-5, atol=1e-4)
@@ -137,7 +138,7 @@ def test_loss_is_the_cross_entropy_written_out():
                 q, _ = decoded_logits(drafter, features, batch["input_ids"], t, toys.K)
                 terms.append(-(p[t + 1 + slot] * q[slot].log_softmax(-1)).sum())
         by_slot.append(torch.stack(terms).mean())
-        torch.testing.assert_close(parts[slot][0], torch.stack(terms).sum(), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(parts["nats"][slot], torch.stack(terms).sum(), rtol=1e-4, atol=1e-4)
     weights = [0.5**i for i in range(toys.K)]
     expected = sum(w * term for w, term in zip(weights, by_slot, strict=True)) / sum(weights)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-4)
@@ -149,10 +150,11 @@ def written_out(drafter, batch, features, depth, anchor):
     p = drafter.target.logits(features).softmax(-1)
     counts = torch.bincount(depth).tolist()
     made = train.slots(drafter, batch, features, depth, anchor, counts)
-    kept = [anchor[depth == (0 if drafter.masks == 0 else s - drafter.first_slot)].tolist() for s in range(len(made))]
-    weights = [spec.slot_decay**s for s in range(len(made))]
+    every = range(len(made.sizes))
+    kept = [anchor[depth == (0 if drafter.masks == 0 else s - drafter.first_slot)].tolist() for s in every]
+    weights = [spec.slot_decay**s for s in every]
     loss, log_q, rows, n = 0.0, {}, range(len(ids)), ids.shape[1]
-    for s, (hidden, _, _) in enumerate(made):
+    for s, hidden in enumerate(made.parts()):
         nats, gaps = [], []
         for b in rows:
             for i, t in enumerate(kept[s]):
@@ -180,11 +182,11 @@ LOSSES = [
 ]
 
 
-@pytest.mark.parametrize("logits", [toys.VOCAB * 5, toys.VOCAB * 30, train.LOGITS])
+@pytest.mark.parametrize("logits", [toys.VOCAB * 5, toys.VOCAB * 70, train.LOGITS])
 @pytest.mark.parametrize("changes", LOSSES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradient_equal_the_loss_written_out(kind, changes, logits, monkeypatch):
-    monkeypatch.setattr(train, "LOGITS", logits)  # pieces of 5 positions, of a row, of everything
+    monkeypatch.setattr(train, "LOGITS", logits)  # pieces of 5 rows, of a sequence, of everything
     target = toys.target()
     drafter = toys.drafter(kind, target, k=3, **changes).requires_grad_(True)
     batch = as_batch(toys.rows(2, 18))
@@ -210,7 +212,7 @@ def test_parts_of_a_batch_add_up_with_the_streak():
     batch = as_batch(toys.rows(4))
     depth, anchor = groups.drop(23, drafter.masks, 0.7, 0.2, torch.Generator().manual_seed(0))
     counts = torch.bincount(depth).tolist()
-    totals = train.tallies(drafter, batch, anchor, counts)
+    totals = train.tallies(drafter, batch, depth, anchor, counts)
     parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
 
     def loss(part, totals=None):
@@ -288,7 +290,7 @@ def test_warm_start_with_taps_starts_as_without(kind, tmp_path):
             drafter.mask_row.fill_(0.3)
         features = train.teacher(target, batch, taps)
         made = train.slots(drafter, batch, features, depth, anchor, [11] * toys.K)
-        logits.append([drafter.logits(hidden, slot) for slot, (hidden, _, _) in enumerate(made)])
+        logits.append([drafter.logits(hidden, slot) for slot, hidden in enumerate(made.parts())])
     torch.testing.assert_close(*logits)
 
 

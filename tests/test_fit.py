@@ -208,7 +208,7 @@ def test_parts_of_a_batch_add_up_to_its_loss(kind):
     batch["loss_mask"][0] = 0  # a part on its own selects nothing
     depth, anchor = train.groups.layout(23, drafter.masks)
     counts = [23] * (drafter.masks + 1)
-    totals = [valid.sum() for _, valid in train.judged(drafter, batch, anchor, counts)]
+    totals = train.tallies(drafter, batch, depth, anchor, counts)
 
     def loss(part):
         return train.group_loss(drafter, part, train.teacher(target, part), depth, anchor, counts, totals)[0]

@@ -51,6 +51,14 @@ def test_dropped_rows_keep_complete_chains():
     assert not torch.equal(anchor, other)
 
 
+def test_dropped_masks_stand_anchor_by_anchor():
+    rows = list(zip(*(x.tolist() for x in groups.drop(40, 5, 0.8, 0.3, torch.Generator().manual_seed(3))), strict=True))
+    assert rows[:40] == [(0, t) for t in range(40)]
+    assert [(t, d) for d, t in rows[40:]] == sorted((t, d) for d, t in rows[40:])
+    every = list(zip(*(x.tolist() for x in groups.drop(7, 3, 1.0, 0.2, torch.Generator())), strict=True))
+    assert sorted(every) == list(zip(*(x.tolist() for x in groups.layout(7, 3)), strict=True))
+
+
 def test_causal_mask_keeps_documents_apart():
     mask = groups.causal_mask(torch.tensor([[0, 0, 1, 1, -1]]))[0, 0].int().tolist()
     assert mask == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 1, 1, 0], [0, 0, 0, 0, 1]]
@@ -64,7 +72,8 @@ def test_fewer_anchors_carry_masks_and_every_real_row_stays():
 
 def sample(n: int, masks: int, keep: float, documents: str):
     """Rows of two sequences; `documents` "one" fills each with a document, "many" packs and pads."""
-    depth, anchor = groups.drop(n, masks, keep, 0.2, torch.Generator().manual_seed(1))
+    dropped = groups.drop(n, masks, keep, 0.2, torch.Generator().manual_seed(1))
+    depth, anchor = groups.layout(n, masks) if keep == 1 else dropped
     document = torch.zeros(2, n, dtype=torch.long)
     if documents == "many":
         document = torch.stack([(torch.arange(n) * 3) // n + 4, (torch.arange(n) * 5) // n])
