@@ -359,11 +359,11 @@ def test_a_mix_of_chat_files_with_its_own_held_out_and_a_code_task(toy, monkeypa
 
     with lzma.open(toy / "a.jsonl.xz", "wt") as file:
         file.writelines(record("alpha", n) for n in range(30))
-    (toy / "b.jsonl").write_text("".join(json.dumps({"text": f"beta text number {n} " * 3}) + "\n" for n in range(30)))
+    (toy / "b.jsonl").write_text("".join(json.dumps({"text": f"beta text number {n} " * 6}) + "\n" for n in range(30)))
     (toy / "val.jsonl").write_text("".join(record("gamma", n) for n in range(5)) + '{"text": ""}\n')
     (toy / "question.jsonl").write_text(json.dumps({"question_id": 1, "category": "qa", "turns": ["Why?"]}))
     text = 'source = "a.jsonl.xz, b.jsonl"\nvalidation = "val.jsonl"\nquestions = "question.jsonl"\n'
-    text += 'held_out = ["jinja2"]\nprompts_per_family = 7\nvocab_size = 280\nlength = 128'
+    text += 'held_out = ["websocket-client"]\nprompts_per_family = 7\nvocab_size = 280\nlength = 128'
     change(toy, "[target]", f"[data]\n{text}\n[target]")
     (toy / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
     monkeypatch.setattr("psnb.study.MANY_CHATS", 20)  # several processes
@@ -381,7 +381,7 @@ def test_a_mix_of_chat_files_with_its_own_held_out_and_a_code_task(toy, monkeypa
     assert all(f"alpha {n}, done" in words and f"number {n} " in words for n in range(30))
     made = study.prompts()
     assert made["id"] == ["qa-000"] + [f"code-{i:03d}" for i in range(7)]
-    assert set(made["package"][1:]) == {"jinja2"} and set(made["family"]) == {"qa", "code"}
+    assert set(made["package"][1:]) == {"websocket-client"} and set(made["family"]) == {"qa", "code"}
     (toy / "b.jsonl").write_text('{"text": "another text"}\n')
     assert Study.open("toy.toml").corpus()["train"].num_rows == 31
 
