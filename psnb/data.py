@@ -135,11 +135,13 @@ def code_corpus(
     held_out: Sequence[str],
     min_bytes: int = 200,
     max_bytes: int = 400_000,
+    train: bool = True,
 ) -> DatasetDict:
     """Splits `train` and `held_out` with columns package, version, path, text, sha256, sorted by (package, path).
 
     `held_out` names whole packages. Of equal texts one is kept, the held-out one first. Vendored copies of held-out
-    packages are dropped. Raises UserError for an empty corpus or a held-out package without files.
+    packages are dropped. Without `train` the other packages are not read. Raises UserError for an empty corpus or a
+    held-out package without files.
     """
     wanted = {_normal(name) for name in held_out}
     modules = {p.split("/")[0].removesuffix(".py") for p in files.path[files.package.isin(wanted)]}
@@ -149,7 +151,7 @@ def code_corpus(
     seen, unreadable = set(), 0
     order = files.assign(late=~files.package.isin(wanted)).sort_values(["late", "package", "path"])
     for row in order.itertuples():
-        if row.late and _vendors(row.path, modules):
+        if row.late and (not train or _vendors(row.path, modules)):
             continue
         try:
             if not min_bytes <= os.path.getsize(row.file) <= max_bytes:
@@ -169,7 +171,7 @@ def code_corpus(
     missing = wanted - set(splits["held_out"]["package"])
     if missing:
         raise UserError(f"held-out packages without files: {', '.join(sorted(missing))}; install them or name others")
-    if not splits["train"]["text"]:
+    if train and not splits["train"]["text"]:
         raise UserError(f"the corpus is empty: no file of {len(files)} is left to train on; check the constraints file")
     features = Features({column: Value("string") for column in columns})
     return DatasetDict({name: Dataset.from_dict(split, features=features) for name, split in splits.items()})
@@ -238,6 +240,17 @@ def sample_texts(dataset: Dataset, max_bytes: int) -> Iterator[str]:
         if left <= 0:
             return
         text = dataset[int(index)]["text"]
+        left -= len(text.encode())
+        yield text
+
+
+def sample_chats(dataset: Dataset, max_bytes: int) -> Iterator[str]:
+    """The words of the first records (load_records) of a shuffled set, a record's turns as lines: about max_bytes."""
+    left = max_bytes
+    for record in dataset:
+        if left <= 0:
+            return
+        text = "\n".join([record["text"] or "", *(m["content"] for m in record["messages"] or ())])
         left -= len(text.encode())
         yield text
 

@@ -194,14 +194,16 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, heads, R, D], key, value [B, groups, R, D] -> [B, R, heads, D].
 
-    Structured where `attention_mask` is `Rows`, else `sdpa` with the mask as it is.
+    Structured where `attention_mask` is `Rows`, flex attention where it is a block mask, else `sdpa`.
     """
-    if not isinstance(attention_mask, Rows):
+    rows = isinstance(attention_mask, Rows)
+    block = attention_mask.block if rows else attention_mask
+    flex = isinstance(block, BlockMask) and query.shape[-1] >= 16  # it needs a head of 16 or more
+    if not (rows or flex):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in float32
-    # flex attention needs a head of 16 or more
-    one = _flex if attention_mask.block is not None and query.shape[-1] >= 16 else _chunked
-    return one(query, key, value, attention_mask, options["scaling"]).transpose(1, 2).contiguous(), None
+    one, how = (_flex, block) if flex else (_chunked, attention_mask)
+    return one(query, key, value, how, options["scaling"]).transpose(1, 2).contiguous(), None
 
 
 @functools.cache
@@ -209,9 +211,9 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
-def _flex(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
-    flex = flex_attention if torch.compiler.is_compiling() else _compiled_flex()
-    return flex(query, key, value, block_mask=rows.block, scale=scale, enable_gqa=True)
+def _flex(query: Tensor, key: Tensor, value: Tensor, block: BlockMask, scale: float) -> Tensor:
+    flex = flex_attention if torch.compiler.is_compiling() or not query.is_cuda else _compiled_flex()
+    return flex(query, key, value, block_mask=block, scale=scale, enable_gqa=True)
 
 
 def _chunked(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:

@@ -35,12 +35,16 @@ class FitSpec:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """Where text comes from. `source` = "code" (this environment's Python) or a JSONL file or hub data set of chats."""
+    """Where text comes from. `source` = "code" (this environment's Python), or chats: JSONL files or hub data sets.
+
+    Several are parted by commas; files are named from the project's folder.
+    """
 
     source: str = "code"
     split: str = "train"
     packages: list[str] = field(default_factory=list)  # restrict the code corpus to these; empty: all that is pinned
-    held_out: list[str] = field(default_factory=list)  # whole packages kept for evaluation
+    held_out: list[str] = field(default_factory=list)  # whole packages kept for evaluation; of chats: task `code`'s
+    validation: str = ""  # JSONL file of held-out chats; empty: a share of the source
     vocab_size: int = 5120
     length: int = 512  # tokens in a training row
     responses: str = "corpus"  # what drafters are trained on; "target": the target writes on from the corpus's prompts
@@ -53,6 +57,10 @@ class DataSpec:
     prompts_per_family: int = 16
     max_prompt_tokens: int = 256
     prompts_sha256: str = ""  # empty: not checked
+
+    @property
+    def sources(self) -> list[str]:
+        return [name.strip() for name in self.source.split(",") if name.strip()]
 
 
 @dataclass(frozen=True)

@@ -218,6 +218,13 @@ def code_prompts(
     return _dataset(rows)
 
 
+def code_task(held_out: Dataset, tokenizer: PreTrainedTokenizerFast, count: int, max_prompt_tokens: int) -> Dataset:
+    """`count` of `code_prompts`, the families in turn, as one family `code`: beside chats, say."""
+    made = code_prompts(held_out, tokenizer, -(-count // len(FAMILIES)), max_prompt_tokens)
+    rows = sorted(made, key=lambda row: (int(row["id"][-3:]), FAMILIES.index(row["family"])))[:count]
+    return _dataset([(f"code-{i:03d}", "code", *list(row.values())[2:]) for i, row in enumerate(rows)])
+
+
 # --- 2. chats -----------------------------------------------------------------------------------------------------
 
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -274,9 +281,9 @@ def question_prompts(
 ) -> tuple[Dataset, dict[str, int]]:
     """The first turn of questions in Spec-Bench's form: a JSONL file of {"question_id", "category", "turns"}.
 
-    A family is a category; those of MT-bench are together `mt_bench`. Of each the first
-    per_family that fit, in the file's order. Beside them {"too_long": left out}. Raises UserError for a file that
-    cannot be read, and where no question is left.
+    A family is a category; those of MT-bench are together `mt_bench` (its second turns, which depend on the first
+    answer, are not asked). Of each the first per_family that fit, in the file's order.
+    Beside them {"too_long": left out}. Raises UserError for a file that cannot be read, and where no question is left.
     """
     found = []
     try:

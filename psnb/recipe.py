@@ -32,7 +32,7 @@ from psnb.drafters import Drafter
 from psnb.errors import UserError
 from psnb.fit import Batch
 from psnb.profile import DrafterSpec, nearest
-from psnb.respond import write
+from psnb.respond import cuts, write
 from psnb.study import Study
 from psnb.target import Target, as_batch
 from psnb.train import slots, teacher, train_drafter
@@ -89,22 +89,32 @@ GRID = (
 
 
 def text(target: Target, rows: Batch, prefix: int, temperature: float, seed: int, graph: bool = False) -> Batch:
-    """What the target writes after the first `prefix` tokens of rows [R, n] that begin with so long a document.
+    """What the target writes after prompts from rows [R, n], ROWS at most: input_ids, document [R', n], prefix [R'].
 
-    input_ids [R', n], document [R', n] (0, and -1 after an end token), in the noise of (seed, r * ROW + position).
+    A prompt is the first `prefix` tokens of a row that begins with so long a document; of rows with a loss mask
+    (chats), whatever `respond.cuts` finds in at most n / 2 tokens. document is 0, and -1 after an end token; row r is
+    written in the noise of (seed, r * ROW + position).
     """
-    ids, document = rows["input_ids"], rows["document"]
+    ids, document = rows["input_ids"].cpu(), rows["document"].cpu()
     length = ids.shape[1]
-    ids = ids[(document[:, :prefix] == 0).all(1), :prefix]
-    if not len(ids):
-        raise UserError(f"no row begins with a document of {prefix} tokens: lower prefix")
+    if "loss_mask" in rows:
+        parts = zip(ids, document.numpy(), rows["loss_mask"].cpu().numpy(), strict=True)
+        found = [row[begin:end].tolist() for row, *where in parts for begin, end in cuts(*where, prefix)]
+        prompts = [prompt for prompt in found if len(prompt) <= length // 2][:ROWS]
+    else:
+        prompts = ids[(document[:, :prefix] == 0).all(1), :prefix].tolist()[:ROWS]
+    if not prompts:
+        raise UserError(f"no row begins with a document of {prefix} tokens, and none holds a chat: lower prefix")
     how = {"length": ROW, "temperature": temperature, "seed": seed, "graph": graph}
-    more = write(target, ids.tolist(), range(len(ids)), length - prefix, **how).cpu()
-    more = torch.nn.functional.pad(more, (0, length - prefix - more.shape[1]))
-    ends = more == (-1 if target.eos_token_id is None else target.eos_token_id)
-    after = ends.cumsum(1) - ends.int() > 0  # behind the first end token
-    document = torch.cat([torch.zeros(len(ids), prefix, dtype=torch.long), -after.long()], 1)
-    return {"input_ids": torch.cat([ids, more], 1), "document": document}
+    more = write(target, prompts, range(len(prompts)), length - max(map(len, prompts)), **how).tolist()
+    made = {"input_ids": torch.zeros(len(prompts), length, dtype=torch.long)}
+    made["document"] = torch.full_like(made["input_ids"], -1)
+    for r, (prompt, after) in enumerate(zip(prompts, more, strict=True)):
+        if target.eos_token_id in after:
+            after = after[: after.index(target.eos_token_id) + 1]
+        whole = torch.tensor(prompt + after)
+        made["input_ids"][r, : len(whole)], made["document"][r, : len(whole)] = whole, 0
+    return made | {"prefix": torch.tensor([len(prompt) for prompt in prompts])}
 
 
 def drafted(drafter: Drafter, batch: Batch, k: int, worth: Tensor, sharpen: float) -> Tensor:
@@ -153,7 +163,7 @@ def walk(accepted: np.ndarray, prefix: int, end: int, k: int) -> list[int]:
 
 @torch.no_grad()
 def rounds(
-    drafter: Drafter, rows: Batch, prefix: int, k: int, temperature: float, seed: int, sharpen: float, size: int = 4
+    drafter: Drafter, rows: Batch, k: int, temperature: float, seed: int, sharpen: float, size: int = 4
 ) -> list[list[int]]:
     """Per row of `text`, the accepted counts of coupled decoding's rounds with chains of k."""
     device, vocab = drafter.target.device, drafter.target.vocab_size
@@ -168,7 +178,7 @@ def rounds(
         match = (tokens == ids[:, at.clamp(max=n - 1)]) & (at < n)
         accepted = match.int().cumprod(-1).sum(-1).cpu().numpy()
         ends = (batch["document"] >= 0).sum(1).tolist()
-        found += [walk(accepted[r], prefix, ends[r], k) for r in range(count)]
+        found += [walk(accepted[r], prefix, ends[r], k) for r, prefix in enumerate(batch["prefix"].tolist())]
     return found
 
 
@@ -186,13 +196,11 @@ def tokens_per_step(counts: Sequence[Sequence[int]], draws: int = 1000) -> tuple
     return table[:, 1].sum() / table[:, 0].sum(), low, high, int(table[:, 0].sum())
 
 
-def judge(
-    drafter: Drafter, written: Batch, prefix: int, ks: Iterable[int], temperature: float, seed: int
-) -> list[dict]:
+def judge(drafter: Drafter, written: Batch, ks: Iterable[int], temperature: float, seed: int) -> list[dict]:
     """Rows k, metric, value, low, high, n: tokens_per_step of coupled chains of each k on `text`."""
     found = []
     for k in ks:
-        counts = rounds(drafter, written, prefix, k, temperature, seed, Settings(temperature=temperature).sharpness)
+        counts = rounds(drafter, written, k, temperature, seed, Settings(temperature=temperature).sharpness)
         values = zip(("value", "low", "high", "n"), tokens_per_step(counts), strict=True)
         found.append({"k": k, "metric": "tokens_per_step", **dict(values)})
     return found
@@ -211,7 +219,6 @@ def train_variant(
     *,
     seed: int,
     warm_start_from: Path | None,
-    prefix: int,
     temperature: float,
     ks: Sequence[int] = (5, 8),
 ) -> list[dict]:
@@ -232,7 +239,7 @@ def train_variant(
     last = log[(log.step == log.step.max()) & log.metric.str.startswith("accept_")]
     found = last[["metric", "value"]].to_dict("records")
     lengths = sorted({min(k, spec.k) for k in ks})
-    found += judge(drafters.load(folder, target), written, prefix, lengths, temperature, seed=0)
+    found += judge(drafters.load(folder, target), written, lengths, temperature, seed=0)
     return [about | row for row in found]
 
 
@@ -281,7 +288,7 @@ def run(
         with tempfile.TemporaryDirectory() as folder:
             made = train_variant(
                 variant.spec(spec, steps), target, given[variant.responses], held_out, written, Path(folder),
-                seed=seed, warm_start_from=warm, prefix=prefix, temperature=temperature,
+                seed=seed, warm_start_from=warm, temperature=temperature,
             )  # fmt: skip
         rows = pd.DataFrame([name | row for row in made]).reindex(columns=COLUMNS)
         done = pd.concat([done, rows], ignore_index=True) if len(done) else rows

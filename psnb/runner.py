@@ -22,7 +22,8 @@ from psnb.manifest import digest, say
 from psnb.profile import Profile, nearest
 from psnb.study import DATA, SPLITS, Study, code, read_json, stage_facts
 
-CPU_FLOPS, GPU_FLOPS = 1e11, 1e14  # a second, reached while training: 2 cores; one GPU. For cost hints only
+CPU_FLOPS = 1e11  # a second, reached while training by 2 cores. For cost hints only, as the next
+GPU_FLOPS = 4e11  # the same by a data-centre GPU, for each of the first 1,024 of the target's width
 
 
 def notebooks(study: Study) -> dict[str, Path]:
@@ -76,8 +77,6 @@ def check_parameters(study: Study, given: dict[str, dict[str, Any]]) -> dict[str
     A value may be a text that spells it (`"[1, 2]"`). Raises UserError for an unknown notebook or parameter and for a
     value of another type, naming what would be right.
     """
-    import papermill
-
     paths, known = notebooks(study), {}
     for where, table in ((f"profile {study.profile.name}", study.profile.notebooks), ("-p", given)):
         checked: dict[str, dict[str, Any]] = {}
@@ -85,6 +84,8 @@ def check_parameters(study: Study, given: dict[str, dict[str, Any]]) -> dict[str
             if notebook not in paths:
                 raise UserError(f"{where}: unknown notebook {notebook!r}; {nearest(notebook, paths)}")
             if notebook not in known:
+                import papermill
+
                 known[notebook] = papermill.inspect_notebook(str(paths[notebook]))
             free = known[notebook].keys() - {"profile", "output"}  # these two are psnb's own
             for name, value in values.items():
@@ -225,7 +226,8 @@ def run(
     study = Study.open(profile, output)
     if only is not None and only not in stages(study):
         raise UserError(f"unknown stage {only!r}; {nearest(only, stages(study))}")
-    given = check_parameters(study, parameters or {})
+    works_alone = only in (*DATA, *study.models) and not parameters  # needs no notebooks' tools
+    given = {} if works_alone else check_parameters(study, parameters or {})
     chosen = [path for name, path in notebooks(study).items() if only in (None, name)]
     if not chosen:
         if fresh:
@@ -378,7 +380,10 @@ def _weights_status(study: Study, name: str) -> tuple[str, str]:
 
 
 def _estimate(profile: Profile, name: str) -> str:
-    """Minutes of training from the shapes: 6 flops a weight and token, 2 for the frozen target's forward pass."""
+    """Minutes of training from the shapes: 6 flops a weight and row, 2 for the frozen target's forward pass.
+
+    A token is one row of `eagle`, of `medusa` one row with k projections, of the others the rows that their masks add.
+    """
     t, vocabulary = profile.target, profile.data.vocab_size
     budget = t.train if name == "target" else profile.drafters[name].train
     if budget is None:
@@ -387,6 +392,9 @@ def _estimate(profile: Profile, name: str) -> str:
     flops = 6 * (t.layers * layer + t.hidden_size * vocabulary)
     if name != "target":
         spec = profile.drafters[name]
-        flops = flops / 3 + 6 * spec.k * (spec.layers * layer + t.hidden_size * vocabulary)
-    minutes = flops * budget.steps * budget.rows * profile.data.length / 60
-    return f"about {max(0.1, minutes / CPU_FLOPS):.1f} min on 2 cores, {max(0.1, minutes / GPU_FLOPS):.1f} on one GPU"
+        ps, medusa = spec.kind.endswith("-ps"), spec.kind == "medusa"
+        masks = spec.anchors * sum(max(spec.keep**d, spec.keep_min) for d in range(1, spec.k)) if ps else 0
+        body = t.hidden_size**2 * spec.k if medusa else spec.layers * layer
+        flops = flops / 3 + 6 * (1 + masks) * (body + t.hidden_size * vocabulary * (spec.k if medusa else 1))
+    minutes, gpu = flops * budget.steps * budget.rows * profile.data.length / 60, GPU_FLOPS * min(t.hidden_size, 1024)
+    return f"about {max(0.1, minutes / CPU_FLOPS):.1f} min on 2 cores, {max(0.1, minutes / gpu):.1f} on one GPU"

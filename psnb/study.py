@@ -62,6 +62,7 @@ MEASURING = (  # the sources that a measured number comes from
 TOKENIZER_BYTES = 60_000_000  # of text that a tokenizer is trained on
 BF16_TESTS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu: dot products in bfloat16
 HELD_ROWS = 256  # held-out rows that are judged while training
+MANY_CHATS = 20_000  # that are tokenised in several processes
 
 
 def project() -> Path:
@@ -279,8 +280,8 @@ class Study:
         if spec.source == "code":
             installed = {d.name: d.version for d in importlib.metadata.distributions()}
             depends += [manifest.sha256_file(self.root / "constraints.txt"), sys.version, installed]
-        elif (self.root / spec.source).is_file():
-            depends += [manifest.sha256_file(self.root / spec.source)]
+        else:
+            depends += list(self._chat_files().values())
         make = self._code_corpus if spec.source == "code" else self._chat_corpus
         self._loaded["corpus"] = load_from_disk(self._data("corpus", depends, make))
         return self._loaded["corpus"]
@@ -312,19 +313,33 @@ class Study:
             "mismatched": mismatched,
         }
 
+    def _chat_files(self) -> dict[str, str]:
+        """Of the chats' sources and the validation file those that are files here, with their sha256."""
+        spec = self.profile.data
+        files = [self.root / name for name in (*spec.sources, spec.validation) if name]
+        return {path.name: manifest.sha256_file(path) for path in files if path.is_file()}
+
     def _chat_corpus(self, folder: Path) -> dict[str, Any]:
+        from datasets import DatasetDict, concatenate_datasets
+
         from psnb import data
 
-        source = self.profile.data.source
-        if source.endswith((".jsonl", ".jsonl.xz")):
-            source = str(self.root / source)
-        records, facts = data.load_records(source, self.profile.data.split)
-        corpus = records.train_test_split(test_size=0.05, seed=self.profile.seed)
-        corpus["held_out"] = corpus.pop("test")
+        spec, seed, facts, parts = self.profile.data, self.profile.seed, Counter(), []
+        for source in (*spec.sources, *filter(None, [spec.validation])):
+            is_file = source.endswith((".jsonl", ".jsonl.xz"))
+            records, counts = data.load_records(str(self.root / source) if is_file else source, spec.split)
+            facts.update(counts)
+            parts.append(records)
+        if spec.validation:
+            held_out = parts.pop()
+            corpus = DatasetDict(train=concatenate_datasets(parts).shuffle(seed), held_out=held_out)
+        else:
+            corpus = concatenate_datasets(parts).train_test_split(test_size=0.05, seed=seed)  # it shuffles
+            corpus["held_out"] = corpus.pop("test")
         corpus.save_to_disk(folder)
         return {
             "documents": {name: len(split) for name, split in corpus.items()},
-            "sha256": {name: digest(split.to_list()) for name, split in corpus.items()},
+            "sha256": {name: digest(split.to_list()) for name, split in corpus.items()} | self._chat_files(),
             **facts,
         }
 
@@ -350,7 +365,7 @@ class Study:
         if spec.source == "code":
             texts = data.sample_texts(train, TOKENIZER_BYTES)
         else:
-            texts = ("\n".join([r["text"] or "", *(m["content"] for m in r["messages"] or ())]) for r in train)
+            texts = data.sample_chats(train, TOKENIZER_BYTES)
         tokenizer = data.train_tokenizer(texts, spec.vocab_size)
         if spec.source != "code":
             tokenizer.chat_template = data.CHAT_TEMPLATE
@@ -381,12 +396,13 @@ class Study:
         def make(folder: Path) -> dict[str, Any]:
             order = np.random.default_rng(self.profile.seed).permutation(len(texts))
             some = texts.select(sorted(order[:documents])) if documents else texts
-            shards = min(20, len(some))
+            workers = min(16, os.cpu_count() or 1) if chats and len(some) > MANY_CHATS else None
+            shards = min(4 if workers else 20, len(some))
             parts, facts = [], Counter()
             for i in manifest.progress(range(shards), label=f"tokens of {name}, part"):
                 shard = some.shard(shards, i, contiguous=True)
                 if chats:
-                    part, dropped = data.tokenize_chat(shard, tokenizer, self.profile.data.length)
+                    part, dropped = data.tokenize_chat(shard, tokenizer, self.profile.data.length, workers)
                     facts.update(dropped)
                 else:
                     part = data.tokenize(shard, tokenizer)
@@ -422,11 +438,12 @@ class Study:
     def prompts(self) -> Dataset:
         """The evaluation prompts: of a file of questions, else cut from held-out code or chats (see `prompts`).
 
+        With chats, `data.held_out` adds a task `code` from these packages of the environment.
         Where they are not those of the profile's sha256, a warning goes to log, manifest and report.
         """
-        from datasets import load_from_disk
+        from datasets import concatenate_datasets, load_from_disk
 
-        from psnb import prompts
+        from psnb import data, prompts
 
         spec, tokenizer = self.profile.data, self.tokenizer()
         depends: list[Any] = [self._tokenizer_id(tokenizer), (spec.prompts_per_family, spec.max_prompt_tokens)]
@@ -437,6 +454,10 @@ class Study:
         else:
             held_out = self.corpus()["held_out"]
             depends.insert(0, self.made("corpus")["sha256"]["held_out"])
+        task = spec.held_out if spec.source != "code" else []
+        if task:
+            installed = {d.name: d.version for d in importlib.metadata.distributions()}
+            depends.insert(0, [task, manifest.sha256_file(self.root / "constraints.txt"), sys.version, installed])
 
         def make(folder: Path) -> dict[str, Any]:
             facts: dict[str, int] = {}
@@ -446,6 +467,10 @@ class Study:
                 made = prompts.code_prompts(held_out, tokenizer, *depends[-1])
             else:
                 made, facts = prompts.chat_prompts(held_out, tokenizer, *depends[-1])
+            if task:
+                files = data.environment_files(self.root / "constraints.txt")
+                code = data.code_corpus(files, task, train=False)["held_out"]
+                made = concatenate_datasets([made, prompts.code_task(code, tokenizer, *depends[-1])])
             made.save_to_disk(folder)
             return {"prompts": len(made), "sha256": prompts.prompts_sha256(made), **facts}
 
@@ -478,6 +503,8 @@ class Study:
     def _spec(self, name: str) -> dict[str, Any]:
         """What a checkpoint's weights depend on; its hash is the stage's key."""
         seen = TRAINED_ON if name == "target" or self.profile.data.responses == "corpus" else TRAINED_ON + ANSWERED
+        if self.profile.data.validation:
+            seen += ("validation",)
         data = {k: v for k, v in manifest.plain(self.profile.data).items() if k in seen}
         common = {"seed": self.profile.seed, "data": data}
         if name == "target":

@@ -24,7 +24,7 @@ from transformers import (
 from psnb import manifest
 from psnb.errors import UserError
 from psnb.fit import Batch, Metrics, Row, compiled, fit, main_process
-from psnb.groups import causal, positions
+from psnb.groups import causal, positions, register
 from psnb.profile import TargetSpec
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def attention(model: nn.Module, mask: Mask) -> Iterator[None]:
     """
     config, own = model.config, model.config._attn_implementation
     if isinstance(mask, BlockMask) and not own.startswith("psnb_"):
-        config._attn_implementation = "flex_attention"
+        config._attn_implementation = register()  # transformers' own refuses what autocast leaves in two dtypes
     try:
         yield
     finally:
@@ -187,13 +187,18 @@ def check_rows(rows: Batch, vocab_size: int, context: int, ahead: int = 1) -> No
         raise UserError("the loss mask selects nothing: check the chat template and the roles of the data")
 
 
-def token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+def token_loss(
+    model: nn.Module, batch: Batch, run: Callable[..., tuple[Tensor, Tensor]] | None = None
+) -> tuple[Tensor, Tensor]:
     """Next-token cross entropy: batch of [B, n] -> (sum of nats, number of tokens), documents kept apart.
 
-    With a loss mask only selected tokens count.
+    With a loss mask only selected tokens count. `run` stands for `_masked_loss` (compiled, say).
     """
+    return (run or _masked_loss)(model, batch, causal(batch["document"]))
+
+
+def _masked_loss(model: nn.Module, batch: Batch, mask: Mask) -> tuple[Tensor, Tensor]:
     ids, document = batch["input_ids"], batch["document"]
-    mask = causal(document)
     with attention(model, mask):
         hidden = model.base_model(
             input_ids=ids, position_ids=positions(document), attention_mask=mask, use_cache=False
@@ -257,6 +262,7 @@ def train(
 ) -> None:
     """Train a Llama of the given shape from scratch; write it (bf16), its tokenizer and training.csv to `folder`.
 
+    Of chats it learns every turn, as no other text teaches it to read; a loss mask counts in the held-out loss alone.
     A run that was killed goes on from what stands in `state`.
     """
     if spec.train is None:
@@ -268,10 +274,11 @@ def train(
     model = LlamaForCausalLM(config).to(device)
     held, rows = as_batch(held_out), as_batch(rows, device)
     check_rows(rows, len(tokenizer), spec.context)
-    summed = compiled(lambda batch: token_loss(model, batch), spec.train, device)
+    rows.pop("loss_mask", None)
+    run = compiled(_masked_loss, spec.train, device)
 
     def loss(batch: Batch, step: int, tokens: Tensor) -> tuple[Tensor, Metrics]:
-        total, count = summed(batch)
+        total, count = token_loss(model, batch, run)
         return total / tokens, {"nats": (total, count)}
 
     lines = fit(

@@ -91,6 +91,13 @@ def test_whole_packages_are_held_out_and_copies_kept_once(tmp_path):
     assert data.corpus_manifest(again).equals(data.corpus_manifest(made))
 
 
+def test_held_out_code_alone(toy, corpus):
+    alone = data.code_corpus(toy, held_out=["alpha"], min_bytes=20, train=False)
+    assert len(alone["train"]) == 0 and set(alone["held_out"]["package"]) == {"alpha"}
+    both = data.code_corpus(toy, held_out=["alpha"], min_bytes=20)
+    assert alone["held_out"][:] == both["held_out"][:] and len(both["train"])
+
+
 def test_corpus_manifest(toy, corpus, tmp_path):
     manifest = data.corpus_manifest(corpus)
     assert list(manifest) == ["split", "package", "version", "path", "bytes", "sha256"]
@@ -320,6 +327,12 @@ def test_long_refused_and_silent_chats_are_counted(chatty):
     assert len(made) == 3 and sum(mask[:128]) == sum(whole[1])  # of the long one what stands before the cut
     with pytest.raises(UserError, match="none of 1 chats .*the user first"):
         data.tokenize_chat(records(CHAT[2:]), chatty)
+
+
+def test_a_sample_of_chats_ends_behind_its_bytes():
+    some = records(CHAT[1:3], CHAT, texts=["x" * 10, "y"])
+    assert list(data.sample_chats(some, 10**6)) == ["\nHi\nHello.", "\nBe brief.\nHi\nHello.\n1+1?\n2", "x" * 10, "y"]
+    assert [len(text) for text in data.sample_chats(some, 11)] == [10, 27]
 
 
 def test_sharegpt_records(tmp_path):

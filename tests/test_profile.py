@@ -1,5 +1,7 @@
 """Profiles are refused before any work where they say something wrong."""
 
+import sys
+
 import pytest
 
 from psnb import profile, runner
@@ -52,6 +54,22 @@ def test_one_clear_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         profile.load(str(path))
     assert "\n" not in str(error.value).split("TOML:")[0]
+
+
+def test_cost_hints_are_near_what_trainings_took():
+    """Minutes on one H200 or H100 of the shipped trainings (checkpoints/*/training.csv), within a factor 3."""
+    took = {"target": 5.5, "eagle": 1.1, "medusa": 1.1, "eagle-ps": 9.0}
+    for name, minutes in took.items():
+        told = float(runner._estimate(profile.load("embedded"), name).split(", ")[1].split()[0])
+        assert minutes / 3 < told < minutes * 3, name
+
+
+def test_a_model_alone_needs_no_notebooks_tools(toy, monkeypatch):
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    monkeypatch.setattr(Study, "make", lambda self, stage: None)
+    assert runner.run("toy.toml", only="target") == toy / "results" / "toy"
+    with pytest.raises(ImportError):
+        runner.run("toy.toml")
 
 
 def test_a_file_of_ones_own(tmp_path):

@@ -108,6 +108,16 @@ def test_too_few_prompts_are_refused(corpus, tokenizer):
         prompts.code_prompts(held_out, tokenizer, 9, 300)
 
 
+def test_code_task_takes_the_families_in_turn(corpus, tokenizer):
+    made = prompts.code_task(corpus["held_out"], tokenizer, 7, 300)
+    assert made["id"] == [f"code-{i:03d}" for i in range(7)] and set(made["family"]) == {"code"}
+    source = prompts.code_prompts(corpus["held_out"], tokenizer, 2, 300)
+    of = {row["prompt"]: row["id"] for row in source}
+    first = [f"{family}-000" for family in prompts.FAMILIES]
+    assert [of[prompt] for prompt in made["prompt"]] == [*first, "body-001", "docstring-001"]
+    assert all(tokenizer.decode(row["input_ids"]) == row["prompt"] for row in made)
+
+
 # --- chats --------------------------------------------------------------------------------------------------------
 
 

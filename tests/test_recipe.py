@@ -40,6 +40,26 @@ def test_text_ends_behind_its_end_token(written):
         assert toys.VOCAB - 1 not in row[PREFIX : end - 1]
 
 
+def test_text_answers_the_prompts_of_chats(target):
+    rows = as_batch(toys.rows(2, 40))
+    rows["document"][:, :] = torch.arange(40) // 20  # two chats of 20 tokens a row
+    rows["loss_mask"] = ((torch.arange(40) % 20) >= torch.where(torch.arange(40) < 20, 6, 9)).long().repeat(2, 1)
+    made = recipe.text(target, rows, PREFIX, 0.7, SEED)
+    assert made["prefix"].tolist() == [6, 9, 6, 9]
+    for r, (ids, prefix) in enumerate(zip(made["input_ids"], (6, 9, 6, 9), strict=True)):
+        begin = 20 * (r % 2)
+        assert ids[:prefix].tolist() == rows["input_ids"][r // 2, begin : begin + prefix].tolist()
+    drafter = toys.drafter("eagle-ps", target)
+    ids, end = made["input_ids"][0].tolist(), int((made["document"][0] == 0).sum())
+    settings = Settings(
+        k=2, seed=SEED, temperature=0.7, max_new_tokens=end - 6, repeat_stop=0, stop_tokens=(toys.VOCAB - 1,)
+    )
+    done = speculative(target, drafter, ids[:6], settings)
+    assert done.tokens == ids[6:end] and end > 12
+    found = recipe.rounds(drafter, made, 2, 0.7, SEED, settings.sharpness)
+    assert found[0] == [r.accepted for r in done.rounds][: len(found[0])] and len(found[0]) > 2
+
+
 def test_text_needs_prompts(target):
     with pytest.raises(UserError, match="lower prefix"):
         recipe.text(target, as_batch(toys.rows(3, 24)), 20, 0.7, SEED)
@@ -63,7 +83,7 @@ def test_rounds_are_those_of_decoding(target, written, kind, changes):
     )
     done = speculative(target, drafter, ids[:PREFIX], settings)
     assert done.tokens == ids[PREFIX:end]
-    found = recipe.rounds(drafter, written, PREFIX, 3, 0.7, SEED, settings.sharpness)
+    found = recipe.rounds(drafter, written, 3, 0.7, SEED, settings.sharpness)
     assert len(found) == 6 and len(found[0]) >= 4
     assert found[0] == [r.accepted for r in done.rounds][: len(found[0])]
 

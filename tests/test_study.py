@@ -2,6 +2,7 @@
 
 import errno
 import json
+import lzma
 import os
 import shutil
 import subprocess
@@ -349,6 +350,47 @@ def test_chats_become_rows_with_a_loss_mask(toy):
     change(toy, '"question.jsonl"', '"gone.jsonl"')
     with pytest.raises(UserError, match="data.questions = 'gone.jsonl': no such file"):
         Study.open("toy.toml").prompts()
+
+
+def test_a_mix_of_chat_files_with_its_own_held_out_and_a_code_task(toy, monkeypatch):
+    def record(word, n):
+        turns = [{"role": "user", "content": f"Say {word} {n}."}, {"role": "assistant", "content": f"{word} {n}, done"}]
+        return json.dumps({"messages": turns}) + "\n"
+
+    with lzma.open(toy / "a.jsonl.xz", "wt") as file:
+        file.writelines(record("alpha", n) for n in range(30))
+    (toy / "b.jsonl").write_text("".join(json.dumps({"text": f"beta text number {n} " * 6}) + "\n" for n in range(30)))
+    (toy / "val.jsonl").write_text("".join(record("gamma", n) for n in range(5)) + '{"text": ""}\n')
+    (toy / "question.jsonl").write_text(json.dumps({"question_id": 1, "category": "qa", "turns": ["Why?"]}))
+    text = 'source = "a.jsonl.xz, b.jsonl"\nvalidation = "val.jsonl"\nquestions = "question.jsonl"\n'
+    text += 'held_out = ["websocket-client"]\nprompts_per_family = 7\nvocab_size = 280\nlength = 128'
+    change(toy, "[target]", f"[data]\n{text}\n[target]")
+    (toy / "constraints.txt").write_text((ROOT / "constraints.txt").read_text())
+    monkeypatch.setattr("psnb.study.MANY_CHATS", 20)  # several processes
+    study = Study.open("toy.toml")
+    corpus, about = study.corpus(), study.made("corpus")
+    assert (about["records"], about["empty"], about["documents"]) == (66, 1, {"train": 60, "held_out": 5})
+    files = ("a.jsonl.xz", "b.jsonl", "val.jsonl")
+    assert about["sha256"].keys() == {"train", "held_out", *files}
+    assert all(about["sha256"][name] == manifest.sha256_file(toy / name) for name in files)
+    assert study.facts()["data"]["corpus"]["sha256"] == about["sha256"]
+    kinds = ["a" if r["messages"] else "b" for r in corpus["train"]]
+    assert sorted(kinds) == ["a"] * 30 + ["b"] * 30 and len(set(kinds[:30])) == 2  # shuffled
+    assert all("gamma" in r["messages"][0]["content"] for r in corpus["held_out"])
+    words = study.tokenizer().decode([t for row in study.rows("train")["input_ids"] for t in row])
+    assert all(f"alpha {n}, done" in words and f"number {n} " in words for n in range(30))
+    made = study.prompts()
+    assert made["id"] == ["qa-000"] + [f"code-{i:03d}" for i in range(7)]
+    assert set(made["package"][1:]) == {"websocket-client"} and set(made["family"]) == {"qa", "code"}
+    (toy / "b.jsonl").write_text('{"text": "another text"}\n')
+    assert Study.open("toy.toml").corpus()["train"].num_rows == 31
+
+
+def test_a_validation_file_is_part_of_the_weights_key(toy):
+    before = Study.open("toy.toml")._spec("target")
+    assert "validation" not in before["data"]
+    change(toy, "[target]", '[data]\nvalidation = "val.jsonl"\n[target]')
+    assert Study.open("toy.toml")._spec("target")["data"]["validation"] == "val.jsonl"
 
 
 def test_code_rows_and_a_sample_of_them(toy):

@@ -7,7 +7,7 @@ import toys
 from safetensors.torch import load_file, save_file
 from transformers import GraniteConfig, Qwen2Config
 
-from psnb import fit, target
+from psnb import fit, groups, target
 from psnb.errors import UserError
 from psnb.profile import FitSpec, TargetSpec
 
@@ -99,6 +99,40 @@ def test_token_loss_counts_each_document_alone():
     assert count == 1 and one.item() == pytest.approx(
         F.cross_entropy(logits, batch["input_ids"][0, 3]).item(), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_block_mask_gives_the_features_of_the_dense_one(half):
+    made = toys.target(hidden_size=64)  # heads of 16: flex attention takes no smaller one
+    ids, document = torch.randint(0, 50, (2, 160)), torch.arange(160)[None].repeat(2, 1) // 70
+    place, index = groups.positions(document), torch.arange(160)
+    block = groups.block_mask(torch.zeros_like(index), index, document)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
+        found = made.features(ids, place, block)
+        expected = made.features(ids, place, groups.causal_mask(document))
+    torch.testing.assert_close(found, expected, rtol=0.1 if half else 1e-4, atol=0.1 if half else 1e-4)
+    other = made.features(ids, place, groups.causal_mask(torch.zeros_like(document)))
+    assert (other - expected).abs().max() > 1
+
+
+def test_a_target_learns_every_turn_and_is_judged_by_the_selected_ones(tmp_path):
+    spec = TargetSpec(
+        hidden_size=32, layers=1, heads=2, kv_heads=1, intermediate_size=48, context=64,
+        train=FitSpec(steps=2, rows=4, warmup=1, log_every=2),
+    )  # fmt: skip
+    rows = target.as_batch(toys.rows(8))
+    chats = rows | {"loss_mask": (torch.arange(24) > 12).long().repeat(8, 1)}
+    lines = {}
+    for name, train, held in (("plain", rows, rows), ("chats", chats, chats)):
+        (tmp_path / name).mkdir()
+        target.train(
+            spec, toys.tokenizer(), train, held, tmp_path / name, seed=1, device=torch.device("cpu"),
+            log=lines.setdefault(name, []).append,
+        )  # fmt: skip
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in lines]
+    assert weights[0] == weights[1]
+    plain, masked = ([r["value"] for r in rows if r["metric"] == "heldout_nats"] for rows in lines.values())
+    assert plain != masked
 
 
 def test_training_lowers_held_out_loss_and_is_reproducible(tmp_path):
