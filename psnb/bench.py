@@ -29,10 +29,10 @@ SHOWN = {
 def arms(lengths: dict[str, int], nodes: int) -> list[Arm]:
     """Baselines, then each drafter with a chain of its k and with its own tree of `nodes` nodes (0: chains alone).
 
-    {"eagle": 5, "eagle-ps": 8}, 16 -> plain, hf_generate, hf_static, 2 chains, a dynamic and a best-first tree.
+    {"eagle": 5, "eagle-ps": 8}, 16 -> the three baselines, 2 chains, a dynamic and a best-first tree.
     """
     made = measure.chains({**{name: [0] for name in measure.BASELINES}, **{name: [k] for name, k in lengths.items()}})
-    grown = {name: [[k, nodes]] for name, k in lengths.items() if nodes and name != "medusa"}
+    grown = {name: [[k, nodes]] for name, k in lengths.items() if nodes}
     return made + measure.trees(grown)
 
 

@@ -46,6 +46,7 @@ def test_every_way_of_decoding_is_in_the_table(study, tmp_path):
         ("medusa", "chain"),
         ("eagle-ps", "chain"),
         ("eagle-ps", "best_first"),
+        ("medusa", "best_first"),
     }
     assert len(table) == 2 * len(ways)
     plain = table[(table.method == "plain") & (table.temperature == 0)]["tokens/s"].item()
