@@ -66,12 +66,39 @@ def refuse(target: Target) -> None:
         raise UserError(f"{rope} RoPE changes with the length, which a graph cannot: use decode.py")
 
 
+class Prompts:
+    """The target's forward over a prompt, kept until another one comes: engines in turn on one prompt share it."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+        self._key: tuple[Any, ...] = ()
+        self._found: tuple[Tensor, KVCache, float]
+
+    def __call__(self, prompt: Sequence[int], taps: Sequence[int]) -> tuple[Tensor, KVCache, float]:
+        """Features [1, n, (1 + taps) * H], keys and values, and the seconds that were saved (0 at the first time)."""
+        key = tuple(prompt), tuple(taps)
+        if key == self._key:
+            return self._found
+        began = time.perf_counter()
+        cache = KVCache(self.target.layers, len(prompt))
+        features = _forward(self.target, torch.tensor(prompt, device=self.target.device), cache, taps=taps)
+        _wait(self.target.device)
+        self._key, self._found = key, (features, cache, time.perf_counter() - began)
+        return features, cache, 0.0
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 class Engine:
     """Plain (`drafter` None) or speculative decoding of `batch` sequences, with the results of `decode`.
 
     capacity: rows of the cache (0: what the target's context needs). every: rounds between two looks of the host.
-    graph: rounds are CUDA graphs, one for each bucket of rows that attention sees (None: on a GPU). attention: see
-    `cache.attend`. Raises `UserError` for what cannot work.
+    graph: rounds are CUDA graphs, one for each bucket of rows that attention sees (None: on a GPU). compile_layers:
+    torch.compile every decoder layer (None: in graphs). attention: see `cache.attend`. prompts: shared with other
+    engines. Raises `UserError` for what cannot work.
     """
 
     def __init__(
@@ -83,9 +110,10 @@ class Engine:
         capacity: int = 0,
         every: int = 8,
         graph: bool | None = None,
-        compile_layers: bool = False,
+        compile_layers: bool | None = None,
         attention: str = "sdpa",
         buckets: Sequence[int] = (),
+        prompts: Prompts | None = None,
     ) -> None:
         if attention not in caches.ATTENTION:
             raise UserError(f"unknown attention {attention!r}; {nearest(attention, caches.ATTENTION)}")
@@ -97,7 +125,9 @@ class Engine:
         self.graph = device.type == "cuda" if graph is None else graph
         if self.graph and device.type != "cuda":
             raise UserError(f"graph = True, but the target is on {device}: CUDA graphs need a GPU")
+        compile_layers = self.graph if compile_layers is None else compile_layers
         self.target, self.drafter, self.settings = target, drafter, settings
+        self.prompts = prompts or Prompts(target)
         self.batch, self.every, self.attention = batch, every, attention
         self.sampler = Sampler(target, settings)
         self.plan, self.depth, nodes, scratch, taps = None, 0, 0, 0, ()
@@ -355,8 +385,9 @@ class Engine:
         stops = [Stops(of, self.settings) for of in made]
         for row, (of, stop) in enumerate(zip(made, stops, strict=True)):
             began = time.perf_counter()
-            stop.add([self._prefill(row, of.prompt, seeds[row])])
-            of.seconds["prefill"] = time.perf_counter() - began
+            token, saved = self._prefill(row, of.prompt, seeds[row])
+            stop.add([token])
+            of.seconds["prefill"] = time.perf_counter() - began + saved
         self.limit[len(made) :] = 0  # rows of the batch that are not used
         self.step.zero_()
         held, launched, most = [len(prompt) for prompt in prompts], 0, self.settings.max_new_tokens
@@ -394,23 +425,22 @@ class Engine:
         stops.add([*(drafted[row - 1] for row in path[1:]), token])
         return count + 1
 
-    def _prefill(self, row: int, prompt: Sequence[int], seed: int) -> int:
-        """Sequence `row` begins with this prompt, as in `decode`; returns the first token."""
+    def _prefill(self, row: int, prompt: Sequence[int], seed: int) -> tuple[int, float]:
+        """Sequence `row` begins with this prompt, as in `decode`; the first token, and the seconds saved by sharing."""
         target, drafter, n = self.target, self.drafter, len(prompt)
-        known, cache = torch.tensor(prompt, device=target.device), KVCache(target.layers, n)
-        features = _forward(target, known, cache, taps=self.taps)
+        features, cache, saved = self.prompts(prompt, self.taps)
         sampler = Sampler(target, dataclasses.replace(self.settings, seed=seed))
         token = sampler.choose(target.logits(features[0, -1:]), n)
         if drafter is not None and n > 1:
             own = KVCache(max(1, drafter.spec.layers), n)
-            drafter.prefill(features[:, :-1], known[None, 1:], own)
+            drafter.prefill(features[:, :-1], torch.tensor(prompt[1:], device=target.device)[None], own)
             if self.own is not None:
                 self.own.load(row, own)
         self.cache.load(row, cache)
         self.held[row], self.valid[row], self.seeds[row] = n, 1, seed
         self.limit[row] = n + self.settings.max_new_tokens
         self.features[row, 0], self.following[row, 0] = features[0, -1], token[0]
-        return int(token)
+        return int(token), saved
 
     @torch.no_grad()
     def parts(self, prompt: Sequence[int], repeats: int = 30) -> dict[str, float]:
@@ -437,16 +467,12 @@ class Engine:
                 run = self._graphed(part) if self.graph and name != "round" else part
                 for turn in range(repeats + 3):
                     if turn == 3:
-                        self._wait()
+                        _wait(self.target.device)
                         began = time.perf_counter()
                     run()
-                self._wait()
+                _wait(self.target.device)
                 made[name] = 1e3 * (time.perf_counter() - began) / repeats
         return made
-
-    def _wait(self) -> None:
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize()
 
     @property
     def peak_bytes(self) -> int:
@@ -461,7 +487,7 @@ class Engines:
     """
 
     def __init__(self, target: Target, drafters: dict[str, Drafter], **options: Any) -> None:
-        self.target, self.drafters, self.options = target, drafters, options
+        self.target, self.drafters, self.options = target, drafters, {"prompts": Prompts(target), **options}
         self.made: dict[tuple[str, Settings], Engine] = {}
 
     def __call__(self, method: str, prompt: Sequence[int], settings: Settings) -> Generation:

@@ -160,10 +160,12 @@ def now() -> str:
 
 
 def revision(root: Path) -> str:
-    """The project's git revision, with `-dirty` where its sources differ from it; `unknown` outside git.
+    """The project's git revision, with `-dirty` where its sources differ from it.
 
+    Outside git (a copy on another machine) what PSNB_REVISION says, else `unknown`.
     `results` and `figures` do not count: a run writes them.
     """
+    told = os.environ.get("PSNB_REVISION", "unknown")
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
@@ -171,10 +173,10 @@ def revision(root: Path) -> str:
     try:
         top, head = git("rev-parse", "--show-toplevel", "HEAD").split()
         if Path(top).resolve() != Path(root).resolve():  # a copy inside somebody else's repository
-            return "unknown"
+            return told
         changed = git("status", "--porcelain", "--", ".", ":(exclude)results", ":(exclude)figures")
     except (OSError, subprocess.CalledProcessError, ValueError):
-        return "unknown"
+        return told
     return head + ("-dirty" if changed.strip() else "")
 
 

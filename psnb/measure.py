@@ -155,7 +155,7 @@ def run(
     temperatures: Sequence[float],
     max_new_tokens: int,
     repeats: int = 1,
-    repeat_prompts: int = 0,
+    hf_prompts: int = 0,
     seed: int = 0,
     label: str = "generating",
     engines: Engines | None = None,
@@ -163,9 +163,9 @@ def run(
     """Generate with every arm x temperature on every prompt: one row a generation.
 
     At T = 0 all rules are one, so of arms that differ in it alone the first runs. Arms are interleaved prompt by
-    prompt, in an order that rotates, and share one seed a (prompt, repeat). The first repeat covers all prompts, later
-    ones the first `repeat_prompts` of each family (0: all); transformers' `generate` runs on those alone, in every
-    repeat. `engines` decode in place of `decode`; on a GPU they are made where none are given.
+    prompt, in an order that rotates, and share one seed a (prompt, repeat). transformers' `generate`, which takes long,
+    runs on the first `hf_prompts` of each family (0: all). `engines` decode in place of `decode`; on a GPU they are
+    made where none are given.
     """
     if engines is None and target.device.type == "cuda":
         engines = Engines(target, drafters)
@@ -173,16 +173,15 @@ def run(
     greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
     place: dict[str, int] = {}
-    timed = set()
+    generated = set()
     for record in records:
         place[record["family"]] = place.get(record["family"], 0) + 1
-        if not repeat_prompts or place[record["family"]] <= repeat_prompts:
-            timed.add(record["id"])
+        if not hf_prompts or place[record["family"]] <= hf_prompts:
+            generated.add(record["id"])
     plan = [
         (temperature, repeat, index, record)
         for repeat, temperature in product(range(repeats), temperatures)
         for index, record in enumerate(records)
-        if repeat == 0 or record["id"] in timed
     ]
     stop = (target.eos_token_id,) if target.eos_token_id is not None else ()
     for temperature, arm in product(temperatures if engines else (0.7,), arms):  # warm up, capture
@@ -193,7 +192,7 @@ def run(
         able = arms if temperature else greedy
         turn = (index + repeat) % len(able)
         for arm in able[turn:] + able[:turn]:
-            if arm.method in ("hf_generate", "hf_static") and record["id"] not in timed:
+            if arm.method in ("hf_generate", "hf_static") and record["id"] not in generated:
                 continue
             settings = arm.settings(
                 temperature=temperature,

@@ -103,8 +103,11 @@ def test_plain_leaves_defaults_out():
     assert manifest.plain(Outer(Inner(3, 0.1), ["a"])) == {"inner": {"steps": 3, "rate": 0.1}, "names": ["a"]}
 
 
-def test_revision(tmp_path):
+def test_revision(tmp_path, monkeypatch):
     assert manifest.revision(tmp_path) == "unknown"
+    monkeypatch.setenv("PSNB_REVISION", "told")
+    assert manifest.revision(tmp_path) == "told"
+    monkeypatch.delenv("PSNB_REVISION")
     name = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
     (tmp_path / "a").write_text("1")
     for words in (["init", "-q"], ["add", "."], [*name, "commit", "-qm", "a"]):

@@ -28,7 +28,7 @@ def made():
     ]
     runs = measure.run(
         target, drafters, prompts(), arms=arms, temperatures=[0.0, 0.7], max_new_tokens=14, repeats=2,
-        repeat_prompts=1, seed=3,
+        hf_prompts=1, seed=3,
     )  # fmt: skip
     return target, runs
 
@@ -36,10 +36,10 @@ def made():
 def test_run_covers_the_plan(made):
     _, runs = made
     counts = runs[runs.tree.isin(["", "chain"])].groupby(["method", "k", "temperature"]).size()
-    assert counts["plain", 0, 0.0] == 4 + 2  # four prompts, then one of each family again
-    assert counts["hf_generate", 0, 0.7] == 2 + 2  # only the prompts that are repeated
-    assert counts["eagle-ps", 4, 0.7] == 6
-    assert counts["eagle", 2, 0.0] == 6 and counts["eagle", 2, 0.7] == 12  # two rules, which are one at T = 0
+    assert counts["plain", 0, 0.0] == 4 * 2  # four prompts, two seeds
+    assert counts["hf_generate", 0, 0.7] == 2 * 2  # one prompt of each family
+    assert counts["eagle-ps", 4, 0.7] == 8
+    assert counts["eagle", 2, 0.0] == 8 and counts["eagle", 2, 0.7] == 16  # two rules, which are one at T = 0
     assert set(runs[runs.nodes == 8].tree) == {"dynamic", "best_first"}
     assert (runs.tokens <= 13).all() and (runs.decode_s > 0).all()
     seeds = runs.groupby(["prompt", "repeat"]).seed.nunique()
