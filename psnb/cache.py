@@ -118,27 +118,35 @@ BLOCK = 128  # keys in a block of flex attention
 class StaticCache(Cache):
     """Keys and values of B sequences, `length` [B] rows of each held: a tensor, as nothing here asks the device.
 
-    All layers are one tensor [2 * layers, B, heads, capacity, head_dim], keys and values in turn. A forward is laid
+    All layers' keys are one tensor [layers, B, heads, capacity, head_dim], and their values another. A forward is laid
     out by `layout`, writes its rows where that says, and sees the first `bucket` rows under the mask made there.
+    A compiled layer finds its own where `select` put them before, so that one kind of layer is compiled once. It finds
+    them as tables of rows [B * heads * capacity, head_dim], for that is what the compiler can write in place.
     """
 
     def __init__(
         self, layers: int, batch: int, heads: int, capacity: int, width: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(layers=[])
-        self.rows = torch.zeros(2 * layers, batch, heads, capacity, width, dtype=dtype, device=device)
+        shape = (layers, batch, heads, capacity, width)
+        self.all_keys, self.all_values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
         self.bucket = capacity
         self.groups = 1  # query heads that share a key head
         self.attention = "sdpa"
         self._count = torch.arange(capacity, device=device)
+        self._first = torch.arange(0, batch * heads * capacity, capacity, device=device).view(batch, heads, 1)
 
     def load(self, row: int, cache: KVCache) -> None:
         """Copy the rows held by the cache of one sequence to the front of sequence `row`."""
         for index, layer in enumerate(cache.layers):
             if layer.is_initialized:
-                for rows, held in ((self.rows[2 * index], layer.keys), (self.rows[2 * index + 1], layer.values)):
-                    rows[row, :, : layer.length] = held[0, :, : layer.length]
+                self.all_keys[index, row, :, : layer.length] = layer.keys[0, :, : layer.length]
+                self.all_values[index, row, :, : layer.length] = layer.values[0, :, : layer.length]
+
+    def select(self, layer: int) -> None:
+        """The layer whose rows come next."""
+        self.keys, self.values = (rows[layer].flatten(0, 2) for rows in (self.all_keys, self.all_values))
 
     def crop(self, length: Tensor) -> None:
         """Hold the first `length` [B] rows; the others are overwritten by what comes next."""
@@ -162,7 +170,7 @@ class StaticCache(Cache):
             # a sequence that is done may stand beyond the bucket: its rows see anything, its keys land within
             own = (real + count[:s]).clamp(max=bucket - 1)[:, None].expand(batch, r, s)
             sees = (count[:bucket] < real[..., None]).expand(batch, r, bucket).scatter(2, own, seen.expand(batch, r, s))
-        self._at = at[:, None, :, None]
+        self._at = (self._first + at[:, None]).flatten()
         self.length = self.length + r
         return place, self._mask(sees, r)
 
@@ -179,30 +187,34 @@ class StaticCache(Cache):
             return BlockMask.from_kv_blocks(
                 used, order, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(r, self.bucket)
             )
-        return sees.to(self.rows.dtype).log()[:, None].repeat(1, 1, self.groups, 1)  # 0 and -inf
+        return sees.to(self.all_keys.dtype).log()[:, None].repeat(1, 1, self.groups, 1)  # 0 and -inf
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Write [B, heads, r, head_dim] where `layout` said; return the first `bucket` rows."""
-        keys, values = self.rows[2 * layer_idx], self.rows[2 * layer_idx + 1]
-        at = self._at.expand_as(key_states)
-        keys.scatter_(2, at, key_states)
-        values.scatter_(2, at, value_states)
-        return keys[:, :, : self.bucket], values[:, :, : self.bucket]
+        if not torch.compiler.is_compiling():
+            self.select(layer_idx)
+        seen = []
+        for rows, states in ((self.keys, key_states), (self.values, value_states)):
+            rows.index_put_((self._at,), states.reshape(-1, states.shape[-1]))
+            seen.append(rows.view(self.all_keys.shape[1:])[:, :, : self.bucket])
+        return seen[0], seen[1]
 
     def commit(self, held: Tensor, path: Tensor) -> None:
-        """Of the rows after the first `held` [B] bring those at `path` [B, r] to the front: one gather for all layers.
+        """Of the rows after the first `held` [B] bring those at `path` [B, r] to the front: one gather for all keys.
 
         held 4, path [0, 2, 5]: rows 4, 6, 9 now stand at 4, 5, 6.
         """
 
+        layers, _, heads, _, width = self.all_keys.shape
+
         def index(at: Tensor) -> Tensor:
-            layers, _, heads, _, width = self.rows.shape
             return at[None, :, None, :, None].expand(layers, -1, heads, -1, width)
 
-        taken = self.rows.gather(3, index(held[:, None] + path))
-        self.rows.scatter_(3, index(held[:, None] + self._count[: path.shape[1]]), taken)
+        taken, put = index(held[:, None] + path), index(held[:, None] + self._count[: path.shape[1]])
+        for rows in (self.all_keys, self.all_values):
+            rows.scatter_(3, put, rows.gather(3, taken))
 
 
 def register(kind: str) -> str:

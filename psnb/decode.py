@@ -19,7 +19,7 @@ from psnb.errors import UserError
 from psnb.profile import nearest
 from psnb.target import Target
 from psnb.tree import Candidates, Plan, Shape, Tree
-from psnb.verify import Noise, Verdict, block, perturb, rejection, walk, warp, without_replacement
+from psnb.verify import Noise, Verdict, best, block, perturb, rejection, walk, warp, without_replacement
 
 RULES = ("coupled", "rejection", "block")  # above T = 0, where all are `greedy`
 GRAM = 8  # tokens of a repeat
@@ -239,12 +239,13 @@ class Sampler:
                 tokens = without_replacement(worth, noise, plan.width)
                 return Candidates(tokens, q.topk(plan.width).values.log(), q)
             if plan.width == 1:
-                best = worth.argmax(-1, keepdim=True)
-                return Candidates(best, torch.zeros_like(best, dtype=self.noise.dtype), None)
+                first = worth.argmax(-1, keepdim=True)
+                return Candidates(first, torch.zeros_like(first, dtype=self.noise.dtype), None)
             if self.rule == "coupled":
                 worth = worth / self.settings.spread
-            best = worth.to(self.noise.dtype).topk(plan.width)
-            return Candidates(best.indices, best.values - worth.to(self.noise.dtype).logsumexp(-1, keepdim=True), None)
+            worth = worth.to(self.noise.dtype)
+            values, tokens = best(worth, plan.width)
+            return Candidates(tokens, values - worth.logsumexp(-1, keepdim=True), None)
 
         return candidates
 

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from psnb import cache as caches
+from psnb import joined
 from psnb.cache import KVCache, StaticCache
 from psnb.decode import Generation, Round, Sampler, Settings, Stops, _forward, check
 from psnb.drafters import Drafter
@@ -26,7 +27,7 @@ from psnb.drafters.base import last
 from psnb.errors import UserError
 from psnb.profile import nearest
 from psnb.target import Target
-from psnb.tree import Plan, Shape, Tree
+from psnb.tree import Candidates, Plan, Shape, Tree
 from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform
 
 FIRST = 256  # rows of the smallest bucket
@@ -90,6 +91,22 @@ class Prompts:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
+
+
+def _compiled(cache: StaticCache, index: int, layer: nn.Module) -> Callable[..., Tensor]:
+    """The forward of layer `index`, compiled once for all layers of a kind: `cache` turns to the layer before."""
+    forward = _compile(layer.forward)
+
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        cache.select(index)
+        return forward(*args, **kwargs)
+
+    return run
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One compilation for all numbers of rows (but one row, which is a case of its own), buckets and trees."""
+    return torch.compile(function, dynamic=True)
 
 
 class Engine:
@@ -166,9 +183,23 @@ class Engine:
         self.capture_seconds = 0.0
         self._runs: dict[int, Callable[[], None]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graph else None
-        layers = [*getattr(target.model.base_model, "layers", ()), *(self.body.layers if self.body else ())]
-        self._compiled = {layer: torch.compile(layer.forward) for layer in layers} if compile_layers else {}
-        self._gumbel = torch.compile(gumbel) if compile_layers else gumbel
+        self._compiled, self._joined, self._gumbel = {}, [], gumbel
+        if compile_layers:
+            self._compile_parts()
+
+    def _compile_parts(self) -> None:
+        """Few kernels instead of many: layers, norms, angles, noise, the tree, the walk and the commit."""
+        bodies = [(self.cache, self.target.model.base_model), *([(self.own, self.body)] if self.body else [])]
+        for cache, body in bodies:
+            self._joined += joined.parts(body)
+            for index, layer in enumerate(getattr(body, "layers", ())):
+                self._compiled[layer] = _compiled(cache, index, layer)
+            rest = [part for part in body.children() if not isinstance(part, nn.ModuleList | nn.Embedding)]
+            self._compiled |= {part: _compile(part.forward) for part in rest}
+            cache.layout = _compile(cache.layout)
+        self._gumbel = _compile(gumbel)
+        for name in ("_plant" if getattr(self.drafter, "one_pass", False) else "_propose", "_walk", "_commit"):
+            setattr(self, name, _compile(getattr(self, name)))
 
     def _caches(self) -> tuple[StaticCache, StaticCache | None]:
         def made(layers: int, config: Any, like: Tensor) -> StaticCache:
@@ -193,9 +224,17 @@ class Engine:
             self.own.length = (self.held - self.valid).clamp(min=0)
         self.noise = self._noise()
         self.sampler.noise = _Given(self.sampler.noise.dtype, self.noise)
-        return self.drafter.draft(
-            self.features, self.following, self.plan, self.sampler.propose(self.plan), self.own, self.valid
-        )
+        given = self.features, self.following
+        if self.drafter.one_pass:
+            return self._plant(self.drafter.marginals(*given, self.plan.k, self.own, self.valid))
+        return self.drafter.draft(*given, self.plan, self._propose, self.own, self.valid)
+
+    def _propose(self, logits: Tensor, slots: slice) -> Candidates:
+        return self.sampler.propose(self.plan)(logits, slots)
+
+    def _plant(self, logits: Tensor) -> Tree:
+        """The tree of a one-pass drafter from its logits [B, k, V]."""
+        return self.plan(self._propose(logits, slice(0, self.plan.k)))
 
     def _noise(self) -> dict[str, Tensor]:
         """The noise of a round, each with a leading B (see `verify.Noise`)."""
@@ -292,9 +331,9 @@ class Engine:
         if self.own is not None:
             self.own.bucket = bucket
         with contextlib.ExitStack() as stack:
+            stack.enter_context(joined.swapped(self._joined))
             if self._compiled:
-                # else every layer_idx and every bucket would count as a new layer
-                patch = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 256}
+                patch = {"allow_unspec_int_on_nn_module": True, "recompile_limit": 256}  # layer_idx; trees and batches
                 stack.enter_context(torch._dynamo.config.patch(patch))
             try:
                 for config in configs:

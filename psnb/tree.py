@@ -6,10 +6,12 @@ children, and siblings stand in the order in which they are tried. `parent` hold
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from psnb.errors import UserError
@@ -108,53 +110,68 @@ def fixed(ranks: Sequence[tuple[int, ...]], device: torch.device | str = "cpu") 
     return Shape(parent, depth, rank, ancestry(parent, max(map(len, order))))
 
 
+@functools.lru_cache(maxsize=64)
+def _contenders(k: int, nodes: int, width: int) -> list[tuple[int, ...]]:
+    """Rank paths that can be among the N best, level by level: a parent before its children, siblings in order.
+
+    With candidates in descending order a path is worth no more than any path of smaller or equal ranks, nor than the
+    same cut short: sum over l of the product over i <= l of (r_i + 1) paths, itself included. Those with more than N
+    are out. k = 2, N = 3: 0 1 2 00 01 (10 is worth no more than 0 1 00, so it is out).
+    """
+    found, level = [], [((), 1, 0)]
+    for _ in range(k):
+        grown = []
+        for path, product, total in level:
+            for rank in range(width):
+                if total + product * (rank + 1) > nodes:
+                    break
+                grown.append(((*path, rank), product * (rank + 1), total + product * (rank + 1)))
+        found += [path for path, _, _ in grown]
+        level = grown
+    return found
+
+
 class BestFirst:
     """The best tree of N nodes from k slots that do not depend on each other: known after one pass of the drafter.
 
-    A node is worth the product of its path's slot scores; no tree of N nodes holds more in sum. Level by level the N
-    best paths are kept: with paths and candidates in descending order only pairs (i, r) with (i + 1)(r + 1) <= N can
-    be among them. Stable sorts keep parents before children, and siblings in order, also among equal scores.
+    A node is worth the product of its path's slot scores; no tree of N nodes holds more in sum. All paths that may be
+    among the N best are known beforehand (`_contenders`), so few operations find them. Among equals the earlier
+    contender wins: parents stand before children, and siblings in order.
     """
 
     def __init__(self, k: int, nodes: int, width: int, device: torch.device | str = "cpu") -> None:
         self.k, self.nodes = k, nodes
-        sizes = [min(nodes, width)]  # kept of each level
-        self.levels: list[Tensor] = []  # of each later level's pairs: the path of the level above
-        slot, rank, above = [0] * sizes[0], list(range(sizes[0])), [-1] * sizes[0]  # of all pairs, level by level
-        starts = [0, sizes[0]]
-        for level in range(1, k):
-            pairs = [(i, r) for i in range(sizes[-1]) for r in range(width) if (i + 1) * (r + 1) <= nodes]
-            self.levels.append(torch.tensor([i for i, _ in pairs], device=device))
-            slot += [level] * len(pairs)
-            rank += [r for _, r in pairs]
-            above += [sum(sizes[:-1]) + i for i, _ in pairs]
-            starts.append(starts[-1] + len(pairs))
-            sizes.append(min(nodes, len(pairs)))
-        self.starts = starts
-        self.slot, self.rank, self.above = (torch.tensor(part, device=device) for part in (slot, rank, above))
-        self.first = torch.arange(sizes[0], device=device)
+        found = _contenders(k, nodes, width)
+        if len(found) < nodes:
+            raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {len(found)} nodes there are")
+        number, root = {path: i for i, path in enumerate(found)}, len(found)
+
+        def table(of: Callable[[tuple[int, ...]], Any]) -> Tensor:
+            return torch.tensor([of(path) for path in found], device=device)
+
+        def padded(row: list[int], end: int) -> list[int]:
+            return row + [end] * (k - len(row))
+
+        self.slots = table(lambda path: padded([slot * width + rank for slot, rank in enumerate(path)], k * width))
+        self.seen = table(lambda path: padded([number[path[: d + 1]] for d in range(len(path))], root))  # and the root
+        self.above = table(lambda path: number.get(path[:-1], root))
+        self.depth, self.rank = table(len), table(lambda path: path[-1])
+        self.order = torch.arange(root - 1, -1, -1, device=device)
         self.rows = torch.arange(1, nodes + 1, device=device)
-        self.kept = sum(sizes)
-        self.pairs = self.slot * width + self.rank
-        self.above = torch.where(self.above < 0, self.kept, self.above)  # of the first level: the root
-        if self.kept < nodes:
-            raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {self.kept} nodes there are")
 
     def __call__(self, scores: Tensor) -> Shape:
-        """scores [..., k, W] of the slots' candidates, descending -> the shape of the N best nodes."""
-        lead = scores.shape[:-2]
-        each = scores.flatten(-2).index_select(-1, self.pairs)  # of every pair
-        best, chosen = [each[..., : self.starts[1]]], [self.first.expand(*lead, -1) if lead else self.first]
-        for i, start, end in zip(self.levels, self.starts[1:], self.starts[2:], strict=False):
-            values, order = (best[-1].index_select(-1, i) + each[..., start:end]).sort(descending=True, stable=True)
-            best.append(values[..., : self.nodes])
-            chosen.append(order[..., : self.nodes] + start)
-        order = torch.cat(best, -1).argsort(descending=True, stable=True)[..., : self.nodes]
-        row = torch.zeros(*lead, self.kept + 1, dtype=torch.long, device=scores.device)  # the last: the root's, 0
-        row.scatter_(-1, order, self.rows.expand_as(order) if lead else self.rows)
-        pair = torch.cat(chosen, -1).gather(-1, order)
-        parent = row.gather(-1, self.above[pair])
-        return Shape(parent, self.slot[pair] + 1, self.rank[pair], ancestry(parent, self.k))
+        """scores [..., k, W] of the slots' candidates, at most 0, descending -> the shape of the N best nodes."""
+        lead, nodes = scores.shape[:-2], self.nodes
+        worth = F.pad(scores.flatten(-2), (0, 1))[..., self.slots].sum(-1)
+        bits = worth.float().view(torch.int32)
+        bits = bits ^ (bits >> 31 & 0x7FFFFFFF)  # whole numbers in the order of the scores
+        chosen = (bits.long() << 32 | self.order).topk(nodes).indices
+        row = torch.zeros(*lead, len(self.order) + 1, dtype=torch.long, device=scores.device)  # the last: the root's, 0
+        row.scatter_(-1, chosen, self.rows.expand_as(chosen))
+        mask = torch.zeros(*lead, nodes + 1, nodes + 1, dtype=torch.bool, device=scores.device)
+        mask[..., 0] = True
+        mask[..., 1:, :].scatter_(-1, row.gather(-1, self.seen[chosen].flatten(-2)).unflatten(-1, (nodes, -1)), True)
+        return Shape(row.gather(-1, self.above[chosen]), self.depth[chosen], self.rank[chosen], mask)
 
 
 class Plan:

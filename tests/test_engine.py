@@ -191,8 +191,8 @@ def test_the_static_cache_equals_the_growing_one():
     torch.testing.assert_close(made, torch.cat(expected))
     for row, n in enumerate(lengths):
         for index, layer in enumerate(one[row].layers):
-            torch.testing.assert_close(static.rows[2 * index][row, :, : n + 5], layer.keys[0, :, : n + 5])
-            torch.testing.assert_close(static.rows[2 * index + 1][row, :, : n + 5], layer.values[0, :, : n + 5])
+            torch.testing.assert_close(static.all_keys[index, row, :, : n + 5], layer.keys[0, :, : n + 5])
+            torch.testing.assert_close(static.all_values[index, row, :, : n + 5], layer.values[0, :, : n + 5])
 
 
 # --- for measurements ------------------------------------------------------------------------------------------------

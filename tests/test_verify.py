@@ -517,3 +517,11 @@ def test_acceptance_per_position():
         noise = verify.gumbel(i, torch.arange(n), vocab)
         same = ((p[i].log() + noise).argmax(-1) == (q[i].log() + noise).argmax(-1)).double().mean().item()
         assert same == pytest.approx(double, abs=4.9 * math.sqrt(double * (1 - double) / n) + 1e-9)
+
+
+@pytest.mark.parametrize("width", [1, 5, 12])
+def test_the_best_in_two_steps_are_the_best(width):
+    scores = torch.randn(3, 2, 64, generator=torch.Generator().manual_seed(0))
+    values, tokens = verify.best(scores, width, chunks=8)
+    expected = scores.sort(descending=True)
+    assert torch.equal(values, expected.values[..., :width]) and torch.equal(tokens, expected.indices[..., :width])
