@@ -40,15 +40,15 @@ class Joined(nn.Module):
     def __init__(self, parts: Sequence[nn.Linear]) -> None:
         super().__init__()
         self.sizes = [part.out_features for part in parts]
-        whole = [join([part.weight for part in parts])]
-        whole += [] if parts[0].bias is None else [join([part.bias for part in parts])]
-        self.whole = nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in whole)
+        self.weight = nn.Parameter(join([part.weight for part in parts]), requires_grad=False)
+        has_bias = parts[0].bias is not None
+        self.bias = nn.Parameter(join([part.bias for part in parts]), requires_grad=False) if has_bias else None
         self.made: tuple[Tensor, ...] = ()
         self.left = 0
 
     def take(self, index: int, x: Tensor) -> Tensor:
         if not self.left:
-            self.made, self.left = F.linear(x, *self.whole).split(self.sizes, -1), len(self.sizes)
+            self.made, self.left = F.linear(x, self.weight, self.bias).split(self.sizes, -1), len(self.sizes)
         taken = self.made[index]
         self.left -= 1
         if not self.left:
