@@ -111,7 +111,7 @@ class KVCache(Cache):
 
 # --- static shapes --------------------------------------------------------------------------------------------------
 
-ATTENTION = ("sdpa", "bmm", "flex")
+ATTENTION = ("auto", "sdpa", "bmm", "flex")
 BLOCK = 128  # keys in a block of flex attention
 
 
@@ -133,7 +133,7 @@ class StaticCache(Cache):
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
         self.bucket = capacity
         self.groups = 1  # query heads that share a key head
-        self.attention = "sdpa"
+        self.attention = "auto"
         self._count = torch.arange(capacity, device=device)
         self._first = torch.arange(0, batch * heads * capacity, capacity, device=device).view(batch, heads, 1)
 
@@ -236,7 +236,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | BlockMask,
     scaling: float | None = None,
-    kind: str = "sdpa",
+    kind: str = "auto",
     **options: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention function for few queries over the keys of a `StaticCache`.
@@ -244,7 +244,10 @@ def attend(
     query [B, heads, r, D], key, value [B, groups, bucket, D] -> [B, r, heads, D]. The query heads that share a key head
     stand one after the other as its rows, so keys are read once and never repeated in memory.
     sdpa: torch's fused attention. bmm: two matrix products, which cut the keys among more of a GPU. flex: flex
-    attention, which skips the blocks of keys that are not used yet.
+    attention, which skips the blocks of keys that are not used yet. auto: bmm on a GPU for more than one row a key
+    head, else sdpa. On an H100 a step of 12 layers of 12 heads (4 of keys) over 768 keys takes 164 us in sdpa, 90 in
+    bmm and 2,500 in flex, which has one block of threads a head; 32 key heads with a row each, 8.8 us a layer in sdpa
+    and 12.4 in bmm.
     """
     batch, heads, r, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
@@ -253,7 +256,7 @@ def attend(
         made = flex(query, key, value, block_mask=attention_mask, scale=scale, enable_gqa=heads != key.shape[1])
         return made.transpose(1, 2).contiguous(), None
     query = query.reshape(batch, key.shape[1], -1, width)
-    if kind == "sdpa":
+    if kind == "sdpa" or (kind == "auto" and not (query.is_cuda and query.shape[2] > 1)):
         made = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
     else:
         wide = torch.promote_types(query.dtype, torch.float32)

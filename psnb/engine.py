@@ -93,9 +93,9 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def _compiled(cache: StaticCache, index: int, layer: nn.Module) -> Callable[..., Tensor]:
+def _compiled(cache: StaticCache, index: int, layer: nn.Module, tune: bool) -> Callable[..., Tensor]:
     """The forward of layer `index`, compiled once for all layers of a kind: `cache` turns to the layer before."""
-    forward = _compile(layer.forward)
+    forward = _compile(layer.forward, tune)
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         cache.select(index)
@@ -104,9 +104,12 @@ def _compiled(cache: StaticCache, index: int, layer: nn.Module) -> Callable[...,
     return run
 
 
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    """One compilation for all numbers of rows (but one row, which is a case of its own), buckets and trees."""
-    return torch.compile(function, dynamic=True)
+def _compile(function: Callable[..., Any], tune: bool = False) -> Callable[..., Any]:
+    """One compilation for all numbers of rows (but one row, which is a case of its own), buckets and trees.
+
+    tune: products of one row become generated reductions, tried in several sizes: faster, and longer to compile.
+    """
+    return torch.compile(function, dynamic=True, options={"coordinate_descent_tuning": True} if tune else None)
 
 
 class Engine:
@@ -128,7 +131,7 @@ class Engine:
         every: int = 8,
         graph: bool | None = None,
         compile_layers: bool | None = None,
-        attention: str = "sdpa",
+        attention: str = "auto",
         buckets: Sequence[int] = (),
         prompts: Prompts | None = None,
     ) -> None:
@@ -192,8 +195,9 @@ class Engine:
         bodies = [(self.cache, self.target.model.base_model), *([(self.own, self.body)] if self.body else [])]
         for cache, body in bodies:
             self._joined += joined.parts(body)
+            single = self.drafter is None or (body is self.body and not self.drafter.one_pass)  # passes of one row
             for index, layer in enumerate(getattr(body, "layers", ())):
-                self._compiled[layer] = _compiled(cache, index, layer)
+                self._compiled[layer] = _compiled(cache, index, layer, single)
             rest = [part for part in body.children() if not isinstance(part, nn.ModuleList | nn.Embedding)]
             self._compiled |= {part: _compile(part.forward) for part in rest}
             cache.layout = _compile(cache.layout)

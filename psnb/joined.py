@@ -1,6 +1,7 @@
 """Projections that read the same input as one matrix product: query, key and value; a gated block's gate and up.
 
-On a GPU three small products take three times as long as one of their joint size, as long as they are small.
+On a GPU three small products take three times as long as one of their joint size, as long as they are small. The
+product that follows a gate is kept apart.
 """
 
 from __future__ import annotations
@@ -13,6 +14,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+AFTER = "down_proj"
+
+
+@torch.library.custom_op("psnb::product", mutates_args=())
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., n], weight [m, n] -> [..., m]: a matrix product that the compiler cannot look into."""
+    return F.linear(x, weight)
+
+
+@product.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def join(tensors: Sequence[nn.Parameter]) -> Tensor:
@@ -67,8 +80,23 @@ class Part(nn.Module):
         return self.whole.take(self.index, x)
 
 
+class Apart(nn.Module):
+    """Stands for the projection after a gate.
+
+    Of one row the compiler would make a reduction of its own, with the gate computed anew for every output: at
+    4,096 x 11,008 it took 57 us on an H100, 1.9 times what reading the weights takes.
+    """
+
+    def __init__(self, own: nn.Linear) -> None:
+        super().__init__()
+        self.weight = own.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight)
+
+
 def parts(layers: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
-    """Of all blocks in `layers` that hold a group of plain linear projections: (block, name, what stands for it)."""
+    """Of all plain linear projections in `layers` that belong together: (block, name, what stands for it)."""
     made = []
     for block in layers.modules():
         for names in GROUPS:
@@ -77,6 +105,9 @@ def parts(layers: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
             if alike and len({(one.in_features, one.weight.dtype) for one in found}) == 1:
                 whole = Joined(found)
                 made += [(block, name, Part(whole, index)) for index, name in enumerate(names)]
+        after = getattr(block, AFTER, None)
+        if type(after) is nn.Linear and after.bias is None:
+            made.append((block, AFTER, Apart(after)))
     return made
 
 

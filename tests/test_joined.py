@@ -18,7 +18,7 @@ def test_the_same_features(cls):
     ids = torch.arange(12)[None]
     expected = target.model(ids).logits
     parts = joined.parts(target.model)
-    assert len(parts) == 2 * 5
+    assert len(parts) == 2 * (3 + 2 + 1)
     torch.testing.assert_close(target.model(ids).logits, expected, rtol=0, atol=0)  # moved, and the same
     with joined.swapped(parts):
         assert type(target.model.model.layers[1].mlp.up_proj) is joined.Part
