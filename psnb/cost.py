@@ -79,17 +79,15 @@ def loaded(study: Study, name: str, specs: dict[str, DrafterSpec]) -> tuple[Targ
     return target, matching(specs, target)
 
 
-def traces(study: Study, profile: str, arms: Sequence[Arm], temperature: float) -> dict[Arm, list[int]]:
-    """Accepted counts that a profile's `04_runs` recorded for these arms. Raises `UserError` where some are missing."""
-    file = study.results.parent / profile / "04_runs.csv"
-    cure = f"run notebook 04_speedup of profile {profile} with them first"
-    if not file.is_file():
-        raise UserError(f"{file}: no recorded rounds to replay: {cure}")
-    runs = pd.read_csv(file, keep_default_na=False)
+def traces(runs: pd.DataFrame, arms: Sequence[Arm], temperature: float) -> dict[Arm, list[int]]:
+    """Accepted counts in the rows of `measure.run` for these arms. Raises `UserError` where some are missing."""
     made = {arm: counts(runs, arm, temperature) for arm in arms if arm.k}
     if lacking := [arm for arm, found in made.items() if not found]:
         one = lacking[0]
-        raise UserError(f"{file}: no rounds of {one.method}, k = {one.k}, {one.tree} at T = {temperature:g}: {cure}")
+        raise UserError(
+            f"no recorded rounds of {one.method}, k = {one.k}, {one.tree} at T = {temperature:g}: run notebook "
+            "04_speedup of the traced profile with them first"
+        )
     return made
 
 
@@ -249,7 +247,7 @@ def table(study: Study, name: str, arms: Sequence[Arm], trace: str, budget: dict
     specs = {arm.method: study.profile.drafters[arm.method] for arm in arms if arm.k}
 
     def make() -> pd.DataFrame:
-        recorded = traces(study, trace or study.profile.name, arms, budget["temperature"]) if name else None
+        recorded = traces(study.measured("04_runs", trace), arms, budget["temperature"]) if name else None
         target, own = loaded(study, name, specs)
         rate = bandwidth(study.device)
         text = () if name else [token for ids in study.prompts()["input_ids"] for token in ids]

@@ -76,6 +76,16 @@ def trees(sizes: dict[str, list[list[int]]]) -> list[Arm]:
     return [Arm(method, k, own.get(method, "best_first"), n) for method, pairs in sizes.items() for k, n in pairs]
 
 
+def drafted_arms(runs: pd.DataFrame, temperature: float, count: int = 0) -> list[Arm]:
+    """The arms with a drafter in `run`'s rows at this temperature; with `count` each drafter's fastest ones."""
+    rows = runs[~runs["method"].isin(BASELINES) & (runs["temperature"] == temperature)]
+    sums = rows.groupby(ARM, sort=False)[["tokens", "decode_s"]].sum()
+    speed = sums["tokens"] / sums["decode_s"]
+    if count:
+        speed = speed.sort_values(ascending=False, kind="stable").groupby(level="method", sort=False).head(count)
+    return [Arm(method, int(k), tree, int(nodes), rule) for method, tree, k, nodes, rule in speed.index]
+
+
 class _Watch(StoppingCriteria):
     """Feeds `generate`'s tokens to the same stops as every method, and notes when the first one came."""
 

@@ -729,6 +729,13 @@ class Study:
         numbers = {c: [""] for c in pd.read_csv(path, nrows=0) if c not in record["texts"]}
         return pd.read_csv(path, dtype=dict.fromkeys(record["texts"], str), keep_default_na=False, na_values=numbers)
 
+    def measured(self, name: str, profile: str = "") -> pd.DataFrame:
+        """A table that was measured before, by this profile or another. Raises UserError where there is none."""
+        path = self.results.parent / (profile or self.profile.name) / f"{name}.csv"
+        if not path.is_file():
+            raise UserError(f"{path}: not there; `psnb run --profile {profile or self.profile.name}` measures it")
+        return pd.read_csv(path, keep_default_na=False)
+
     def training(self) -> pd.DataFrame:
         """All rows that trainings wrote: stage, step, tokens, metric, value."""
         frames = []

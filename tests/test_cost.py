@@ -1,7 +1,5 @@
 """Rounds taken apart: arithmetic by hand, shapes against their parameters, replays against what was recorded."""
 
-import types
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -37,12 +35,9 @@ def test_recorded_counts_are_those_of_the_arm():
     runs = pd.DataFrame(lines, columns=["method", "tree", "k", "nodes", "rule", "temperature", "histogram"])
     assert sorted(cost.counts(runs, ARM, 0.7)) == [0, 0, 2, 3, 3, 3]
     assert cost.counts(runs, Arm("eagle-ps", 2, "chain", 2), 0.7) == []
-
-
-def test_traces_name_what_is_missing(tmp_path):
-    study = types.SimpleNamespace(results=tmp_path / "shapes")
-    with pytest.raises(UserError, match=r"04_runs\.csv: no recorded rounds.*run notebook 04_speedup of profile h200"):
-        cost.traces(study, "h200", [ARM], 0.7)
+    assert sorted(cost.traces(runs, [Arm("plain"), ARM], 0.7)[ARM]) == [0, 0, 2, 3, 3, 3]
+    with pytest.raises(UserError, match=r"no recorded rounds of medusa, k = 2, chain at T = 0\.7: run notebook 04_sp"):
+        cost.traces(runs, [ARM, Arm("medusa", 2, "chain", 2)], 0.7)
 
 
 def test_speeds_by_hand():

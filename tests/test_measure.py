@@ -49,6 +49,20 @@ def test_run_covers_the_plan(made):
     assert ((drafted.rounds - rounds).between(0, 1)).all()  # a limit cuts one round at most
 
 
+def test_the_fastest_arms_of_each_drafter(made):
+    """Given a speed, by hand: eagle's tree before its chain, and a chain at T = 0 that does not count."""
+    _, runs = made
+    assert {arm.method for arm in measure.drafted_arms(runs, 0.7)} == {"eagle", "eagle-ps"}
+    assert len(measure.drafted_arms(runs, 0.7)) == 6 and len(measure.drafted_arms(runs, 0.0)) == 5
+    timed = runs.assign(decode_s=1.0 + (runs.tree == "chain"), tokens=100)
+    timed.loc[(timed.method == "eagle-ps") & (timed.k == 1) & (timed.temperature == 0.7), "decode_s"] = 0.5
+    timed.loc[(timed.method == "eagle") & (timed.tree == "chain") & (timed.temperature == 0.0), "decode_s"] = 0.1
+    best = {arm.method: arm for arm in measure.drafted_arms(timed, 0.7, 1)}
+    assert best["eagle"] == measure.Arm("eagle", 3, "dynamic", 8)
+    assert best["eagle-ps"] == measure.Arm("eagle-ps", 1, "chain", 1)
+    assert len(measure.drafted_arms(timed, 0.7, 2)) == 4
+
+
 def test_every_method_gives_plain_text_and_faults_are_counted(made):
     target, runs = made
     table = measure.lossless(runs, target, prompts(), "x").set_index(["method", "k", "temperature", "metric"]).value

@@ -414,3 +414,11 @@ def test_where_things_go(toy, monkeypatch):
     assert study.figures == toy / "figures" / "smoke"
     assert Study.open("smoke", "..").output == toy / "notebooks"
     assert study.device.type == "cpu"
+
+
+def test_a_table_of_another_profile(tmp_path):
+    study = Study.open("smoke", tmp_path)
+    with pytest.raises(UserError, match=r"other/04_runs\.csv: not there; `psnb run --profile other` measures it"):
+        study.measured("04_runs", "other")
+    manifest.write_frame(tmp_path / "results" / "other" / "04_runs.csv", pd.DataFrame({"tree": ["", "chain"]}))
+    assert study.measured("04_runs", "other").tree.tolist() == ["", "chain"]
