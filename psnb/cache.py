@@ -245,9 +245,8 @@ def attend(
     stand one after the other as its rows, so keys are read once and never repeated in memory.
     sdpa: torch's fused attention. bmm: two matrix products, which cut the keys among more of a GPU. flex: flex
     attention, which skips the blocks of keys that are not used yet. auto: bmm on a GPU for more than one row a key
-    head, else sdpa. On an H100 a step of 12 layers of 12 heads (4 of keys) over 768 keys takes 164 us in sdpa, 90 in
-    bmm and 2,500 in flex, which has one block of threads a head; 32 key heads with a row each, 8.8 us a layer in sdpa
-    and 12.4 in bmm.
+    head, else sdpa. Measured on an H100: of a step at 12 x 768 (3 query heads a key head, 768 keys) sdpa takes 13.6 us
+    a layer, of one at Llama-2-7B shape (a row a key head) 10.7; flex has one block of threads a head and is far behind.
     """
     batch, heads, r, width = query.shape
     scale = width**-0.5 if scaling is None else scaling

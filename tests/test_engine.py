@@ -9,7 +9,7 @@ import toys
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import MistralConfig, Qwen2Config
 
-from psnb import cache, decode, drafters
+from psnb import cache, decode, drafters, engine
 from psnb.cache import KVCache, StaticCache
 from psnb.decode import Settings
 from psnb.engine import PARTS, Engine
@@ -97,6 +97,21 @@ def test_variants_of_the_parallel_drafters(kind, changes):
     settings = Settings(k=4, tree="best_first", nodes=9, temperature=0.7, max_new_tokens=20, top_k=20, top_p=0.9)
     engine = Engine(target, drafter, settings, batch=2)
     assert_same(engine.generate(PROMPTS, range(4)), target, drafter, PROMPTS, settings, range(4))
+
+
+def test_compiled_parts_change_nothing(monkeypatch):
+    """Traced without a break, once for both layers; joined projections; one row and many, two buckets."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(engine, "_compile", lambda f, tune=False: torch.compile(f, dynamic=True, backend="eager"))
+    target = toys.target(torch.float64)
+    drafter = toys.drafter("eagle-ps", target)
+    settings = Settings(k=3, tree="best_first", nodes=6, temperature=0.7, max_new_tokens=24, repeat_stop=0)
+    for own in (drafter, None):
+        made = Engine(target, own, settings, buckets=(32,), compile_layers=True).generate([PROMPT])
+        assert_same(made, target, own, [PROMPT], settings, [0])
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 24
+    assert type(target.model.model.layers[0].mlp.up_proj) is torch.nn.Linear  # as before
 
 
 # --- nothing waits for the device ------------------------------------------------------------------------------------
