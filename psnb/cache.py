@@ -134,6 +134,7 @@ class StaticCache(Cache):
         self.bucket = capacity
         self.groups = 1  # query heads that share a key head
         self.attention = "auto"
+        self.lay_out: Callable[..., Any] = StaticCache._lay_out  # or what was compiled from it
         self._count = torch.arange(capacity, device=device)
         self._first = torch.arange(0, batch * heads * capacity, capacity, device=device).view(batch, heads, 1)
 
@@ -159,6 +160,9 @@ class StaticCache(Cache):
 
         `seen` is bool [r, s] or [B, r, s], `ahead` may differ by row: int, [r] or [B, r].
         """
+        return self.lay_out(self, r, seen, ahead)
+
+    def _lay_out(self, r: int, seen: Tensor | None, ahead: int | Tensor) -> tuple[Tensor, Tensor | BlockMask]:
         start, count, bucket = self.length[:, None], self._count, self.bucket
         batch, at = len(start), start + count[:r]
         if seen is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -187,6 +188,9 @@ class Engine:
         self._runs: dict[int, Callable[[], None]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graph else None
         self._compiled, self._joined, self._gumbel = {}, [], gumbel
+        self._fast: dict[
+            str, Callable[..., Any]
+        ] = {}  # of functions, not methods: an engine is gone with its last name
         if compile_layers:
             self._compile_parts()
 
@@ -200,10 +204,13 @@ class Engine:
                 self._compiled[layer] = _compiled(cache, index, layer, single)
             rest = [part for part in body.children() if not isinstance(part, nn.ModuleList | nn.Embedding)]
             self._compiled |= {part: _compile(part.forward) for part in rest}
-            cache.layout = _compile(cache.layout)
+            cache.lay_out = _compile(StaticCache._lay_out)
         self._gumbel = _compile(gumbel)
-        for name in ("_plant" if getattr(self.drafter, "one_pass", False) else "_propose", "_walk", "_commit"):
-            setattr(self, name, _compile(getattr(self, name)))
+        self._fast = {name: _compile(getattr(Engine, name)) for name in ("_plant", "_propose", "_walk", "_commit")}
+
+    def _do(self, name: str, *given: Any) -> Any:
+        """A method by its name, compiled where it is."""
+        return self._fast.get(name, getattr(Engine, name))(self, *given)
 
     def _caches(self) -> tuple[StaticCache, StaticCache | None]:
         def made(layers: int, config: Any, like: Tensor) -> StaticCache:
@@ -230,8 +237,9 @@ class Engine:
         self.sampler.noise = _Given(self.sampler.noise.dtype, self.noise)
         given = self.features, self.following
         if self.drafter.one_pass:
-            return self._plant(self.drafter.marginals(*given, self.plan.k, self.own, self.valid))
-        return self.drafter.draft(*given, self.plan, self._propose, self.own, self.valid)
+            return self._do("_plant", self.drafter.marginals(*given, self.plan.k, self.own, self.valid))
+        propose = functools.partial(self._do, "_propose")
+        return self.drafter.draft(*given, self.plan, propose, self.own, self.valid)
 
     def _propose(self, logits: Tensor, slots: slice) -> Candidates:
         return self.sampler.propose(self.plan)(logits, slots)
@@ -321,7 +329,7 @@ class Engine:
     def _round(self) -> None:
         tree = self._draft()
         fed, features, logits = self._verify(tree)
-        self._commit(tree, fed, features, self._walk(tree, logits))
+        self._do("_commit", tree, fed, features, self._do("_walk", tree, logits))
 
     # --- graphs ------------------------------------------------------------------------------------------------------
 
@@ -502,8 +510,8 @@ class Engine:
         work = (
             lambda: box.update(tree=self._draft()),
             verify,
-            lambda: box.update(verdict=self._walk(box["tree"], box["logits"])),
-            lambda: self._commit(box["tree"], box["fed"], box["features"], box["verdict"]),
+            lambda: box.update(verdict=self._do("_walk", box["tree"], box["logits"])),
+            lambda: self._do("_commit", box["tree"], box["fed"], box["features"], box["verdict"]),
         )
         with self._inside(bucket):
             for name, part in (*zip(PARTS, work, strict=True), ("round", whole)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -62,6 +63,22 @@ def rate(step: int, spec: FitSpec) -> float:
 def compiled(function: Callable[..., Any], spec: FitSpec, device: torch.device) -> Callable[..., Any]:
     """`function` under torch.compile where the budget asks for it and there is a GPU; else as it is."""
     return torch.compile(function, dynamic=False) if spec.compile and device.type == "cuda" else function
+
+
+@contextlib.contextmanager
+def compiled_layers(model: nn.Module, spec: FitSpec, device: torch.device) -> Iterator[None]:
+    """Inside, the decoder layers of a transformers model are compiled, as `compiled` says: once for all of them.
+
+    A model compiled as a whole takes as many times longer to compile as it has layers, and runs no faster.
+    """
+    layers = getattr(model.base_model, "layers", ()) if spec.compile and device.type == "cuda" else ()
+    try:
+        for layer in layers:
+            layer.forward = torch.compile(layer.forward, dynamic=False)
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
 
 
 def main_process() -> bool:

@@ -23,7 +23,7 @@ from transformers import (
 
 from psnb import manifest
 from psnb.errors import UserError
-from psnb.fit import Batch, Metrics, Row, compiled, fit, main_process
+from psnb.fit import Batch, Metrics, Row, compiled, compiled_layers, fit, main_process
 from psnb.groups import causal, positions, register
 from psnb.profile import TargetSpec
 
@@ -192,19 +192,19 @@ def token_loss(
 ) -> tuple[Tensor, Tensor]:
     """Next-token cross entropy: batch of [B, n] -> (sum of nats, number of tokens), documents kept apart.
 
-    With a loss mask only selected tokens count. `run` stands for `_masked_loss` (compiled, say).
+    With a loss mask only selected tokens count. `run` stands for `_nats` (compiled, say).
     """
-    return (run or _masked_loss)(model, batch, causal(batch["document"]))
-
-
-def _masked_loss(model: nn.Module, batch: Batch, mask: Mask) -> tuple[Tensor, Tensor]:
     ids, document = batch["input_ids"], batch["document"]
+    mask = causal(document)
     with attention(model, mask):
         hidden = model.base_model(
             input_ids=ids, position_ids=positions(document), attention_mask=mask, use_cache=False
         ).last_hidden_state
-    logits = model.get_output_embeddings()(hidden[:, :-1]).float()
-    keep = judged(batch)
+    return (run or _nats)(model.get_output_embeddings(), hidden, ids, judged(batch))
+
+
+def _nats(head: nn.Module, hidden: Tensor, ids: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    logits = head(hidden[:, :-1]).float()
     nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     return (nats * keep.flatten()).sum(), keep.sum()
 
@@ -275,24 +275,25 @@ def train(
     held, rows = as_batch(held_out), as_batch(rows, device)
     check_rows(rows, len(tokenizer), spec.context)
     rows.pop("loss_mask", None)
-    run = compiled(_masked_loss, spec.train, device)
+    run = compiled(_nats, spec.train, device)
 
     def loss(batch: Batch, step: int, tokens: Tensor) -> tuple[Tensor, Metrics]:
         total, count = token_loss(model, batch, run)
         return total / tokens, {"nats": (total, count)}
 
-    lines = fit(
-        model,
-        loss,
-        rows,
-        spec.train,
-        count=lambda batch, step: judged(batch).sum().clamp(min=1),
-        seed=seed,
-        device=device,
-        log=log,
-        evaluate=lambda: {"heldout_nats": heldout_nats(model, held)},
-        state=state,
-    )
+    with compiled_layers(model, spec.train, device):
+        lines = fit(
+            model,
+            loss,
+            rows,
+            spec.train,
+            count=lambda batch, step: judged(batch).sum().clamp(min=1),
+            seed=seed,
+            device=device,
+            log=log,
+            evaluate=lambda: {"heldout_nats": heldout_nats(model, held)},
+            state=state,
+        )
     if not main_process():
         return
     model.to(torch.bfloat16).save_pretrained(folder)

@@ -19,7 +19,7 @@ from psnb import drafters, groups, manifest
 from psnb.drafters import Drafter
 from psnb.drafters.base import Layers
 from psnb.errors import UserError
-from psnb.fit import Batch, Metrics, Row, compiled, fit, generator, main_process
+from psnb.fit import Batch, Metrics, Row, compiled_layers, fit, generator, main_process
 from psnb.profile import DrafterSpec
 from psnb.target import Target, as_batch, check_rows
 
@@ -53,14 +53,11 @@ class Slots(NamedTuple):
 
 
 @torch.no_grad()
-def teacher(target: Target, batch: Batch, taps: Sequence[int] = (), run: Callable[..., Tensor] | None = None) -> Tensor:
-    """The frozen target's features of packed rows: batch of [B, n] -> [B, n, (1 + taps) * H], documents kept apart.
-
-    `run` stands for `target.features` (compiled, say).
-    """
+def teacher(target: Target, batch: Batch, taps: Sequence[int] = ()) -> Tensor:
+    """The frozen target's features of packed rows: batch of [B, n] -> [B, n, (1 + taps) * H], documents kept apart."""
     document = batch["document"]
     mask = groups.causal(document)
-    return (run or target.features)(batch["input_ids"], groups.positions(document), mask, taps=taps)
+    return target.features(batch["input_ids"], groups.positions(document), mask, taps=taps)
 
 
 def judged(drafter: Drafter, batch: Batch, depth: Tensor, anchor: Tensor, counts: list[int]) -> Slots:
@@ -356,7 +353,6 @@ def train_drafter(
     if warm_start_from is not None:
         warm_start(drafter, warm_start_from)
     n = rows["input_ids"].shape[1]
-    run = compiled(target.features, budget, device)
     if budget.compile and device.type == "cuda":
         for body in (m for m in drafter.children() if isinstance(m, Layers)):
             body.compile()
@@ -372,25 +368,26 @@ def train_drafter(
         return tallies(drafter, batch, *layout(step))
 
     def loss(batch: Batch, step: int, totals: Tensor) -> tuple[Tensor, Metrics]:
-        features = teacher(target, batch, spec.taps, run)
+        features = teacher(target, batch, spec.taps)
         value, sums = group_loss(drafter, batch, features, *layout(step), totals)
         metrics: Metrics = {}
         for slot, (nats, matches, rows) in enumerate(zip(sums["nats"], sums["match"], sums["rows"], strict=True)):
             metrics |= {f"loss_{slot}": (nats, rows), f"match_{slot}": (matches, rows)}
         return value, metrics
 
-    lines = fit(
-        drafter,
-        loss,
-        rows,
-        budget,
-        count=count,
-        seed=seed,
-        device=device,
-        log=log,
-        evaluate=lambda: acceptance(drafter, held),
-        state=state,
-    )
+    with compiled_layers(target.model, budget, device):
+        lines = fit(
+            drafter,
+            loss,
+            rows,
+            budget,
+            count=count,
+            seed=seed,
+            device=device,
+            log=log,
+            evaluate=lambda: acceptance(drafter, held),
+            state=state,
+        )
     if main_process():
         drafters.save(drafter, Path(folder))
         manifest.write_frame(Path(folder) / "training.csv", pd.DataFrame(lines))

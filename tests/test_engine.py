@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -107,8 +108,11 @@ def test_compiled_parts_change_nothing(monkeypatch):
     drafter = toys.drafter("eagle-ps", target)
     settings = Settings(k=3, tree="best_first", nodes=6, temperature=0.7, max_new_tokens=24, repeat_stop=0)
     for own in (drafter, None):
-        made = Engine(target, own, settings, buckets=(32,), compile_layers=True).generate([PROMPT])
-        assert_same(made, target, own, [PROMPT], settings, [0])
+        one = Engine(target, own, settings, buckets=(32,), compile_layers=True)
+        assert_same(one.generate([PROMPT]), target, own, [PROMPT], settings, [0])
+        one._runs.clear()
+        last, one = weakref.ref(one), None
+        assert last() is None  # its caches are gone with it: on a GPU the next engine needs the room
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 24
     assert type(target.model.model.layers[0].mlp.up_proj) is torch.nn.Linear  # as before
