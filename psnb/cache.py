@@ -149,6 +149,11 @@ class StaticCache(Cache):
         """The layer whose rows come next."""
         self.keys, self.values = (rows[layer].flatten(0, 2) for rows in (self.all_keys, self.all_values))
 
+    def close(self) -> None:
+        """Give the memory back, whoever may still name the tensors (a compiler keeps what it has seen)."""
+        for rows in (self.all_keys, self.all_values):
+            rows.untyped_storage().resize_(0)
+
     def crop(self, length: Tensor) -> None:
         """Hold the first `length` [B] rows; the others are overwritten by what comes next."""
         self.length = length

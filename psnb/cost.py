@@ -206,6 +206,7 @@ def _round(
     seconds = made[0].seconds
     spent = seconds["verify"] + seconds["host"]
     longest = max(len(of.rounds) or len(of.tokens) - 1 for of in made)
+    engine.close()
     return {
         **{f"{name}_ms": parts[name] for name in PARTS},
         "alone_ms": parts["round"],

@@ -188,9 +188,7 @@ class Engine:
         self._runs: dict[int, Callable[[], None]] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.graph else None
         self._compiled, self._joined, self._gumbel = {}, [], gumbel
-        self._fast: dict[
-            str, Callable[..., Any]
-        ] = {}  # of functions, not methods: an engine is gone with its last name
+        self._fast: dict[str, Callable[..., Any]] = {}  # of functions: a method would hold the engine
         if compile_layers:
             self._compile_parts()
 
@@ -524,6 +522,12 @@ class Engine:
                 _wait(self.target.device)
                 made[name] = 1e3 * (time.perf_counter() - began) / repeats
         return made
+
+    def close(self) -> None:
+        """Give the memory of caches and graphs back. The engine is of no use afterwards."""
+        self._runs.clear()
+        for cache in filter(None, (self.cache, self.own)):
+            cache.close()
 
     @property
     def peak_bytes(self) -> int:

@@ -463,6 +463,7 @@ def draft_times(
         for name, k in arms:
             engine = Engine(target, drafters[name], Settings(k=k, temperature=0.0))
             taken[name, k] = [engine.parts(prompt, repeats)["draft"] for _ in range(5)]
+            engine.close()
         return _medians(taken)
     ids = torch.randint(0, target.vocab_size, (1, context + 2), device=target.device)
     places = torch.arange(context + 2, device=target.device)[None]
