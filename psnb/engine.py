@@ -526,8 +526,9 @@ class Engine:
     def close(self) -> None:
         """Give the memory of caches and graphs back. The engine is of no use afterwards."""
         self._runs.clear()
-        for cache in filter(None, (self.cache, self.own)):
-            cache.close()
+        for cache in (self.cache, self.own):
+            if cache is not None:  # transformers' caches of no layers are false
+                cache.close()
 
     @property
     def peak_bytes(self) -> int:
