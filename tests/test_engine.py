@@ -102,6 +102,7 @@ def test_variants_of_the_parallel_drafters(kind, changes):
 def test_compiled_parts_change_nothing(monkeypatch):
     """Traced without a break, once for both layers, with joined projections."""
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(engine, "_compile", lambda f, tune=False: torch.compile(f, dynamic=True, backend="eager"))
     target = toys.target(torch.float64)
     drafter = toys.drafter("eagle-ps", target)
