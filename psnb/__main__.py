@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("list", parents=[common], help="stages, what is done, what each costs")
 
     report = commands.add_parser("report", parents=[common], help="write the report from what was run")
-    report.add_argument("--readme", action="store_true", help="write the results block of README.md instead")
+    report.add_argument("--readme", action="store_true", help="write the profile's results block of README.md instead")
 
     bench = commands.add_parser("bench", parents=[common], help="how fast each way of decoding is on this machine")
     bench.add_argument("--methods", nargs="+", default=[], metavar="NAME", help="drafters (default: the profile's)")
@@ -116,7 +116,7 @@ def command(given: argparse.Namespace) -> int:
         from psnb import report
 
         readme = project() / "README.md"
-        report.readme(readme, project() / "results" / "embedded" / "summary.csv")
+        report.readme(readme, project() / "results" / given.profile / "summary.csv")
         print(f"written: {readme}")
     else:
         study = Study.open(given.profile, given.output)

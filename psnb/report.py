@@ -31,7 +31,6 @@ LOSSLESS, COST = "05_losslessness", "07_cost"
 Goal = tuple[str, str, float, float | None]  # what, at most or at least or above, the bound, measured
 MIDDLE = 0.7  # the temperature at which the study states its main numbers
 SIBLINGS = {"eagle-ps": "eagle", "medusa-ps": "medusa"}
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
@@ -478,15 +477,23 @@ def where(facts: dict[str, Any]) -> str:
     return ", ".join(part for part in parts if part)
 
 
+def marks(profile: str) -> tuple[str, str]:
+    """The lines of README between which a profile's results stand."""
+    return f"<!-- results of {profile}: begin -->", f"<!-- results of {profile}: end -->"
+
+
 def readme_block(summary: pd.DataFrame, facts: dict[str, Any], profile: str) -> str:
     """What stands between README's marks: the figure and the headline table of a profile's results."""
     n = int(pick(summary, "speedup_vs_plain", stage=SPEEDUP, task="all").n.max())
+    data = (facts.get("settings") or {}).get("data", {})
+    text = "Spec-Bench and held-out code" if data.get("questions") else "held-out text"
+    text = "held-out code" if data.get("source", "code") == "code" else text
     return "\n\n".join(
         (
             f"![Speedup over plain decoding by drafter and temperature](figures/{profile}/04_speedup.png)",
             markdown(headline(summary)),
             f"Speedups are ratios of total tokens per decode second, with 95 % bootstrap intervals over {n} prompts of "
-            f"held-out code, batch 1. *x plain* is against plain decoding in the same engine, *x generate* against "
+            f"{text}, batch 1. *x plain* is against plain decoding in the same engine, *x generate* against "
             f"`transformers`' `generate`; tokens per step counts the target's own token. Measured: {where(facts)}.",
         )
     )
@@ -495,12 +502,14 @@ def readme_block(summary: pd.DataFrame, facts: dict[str, Any], profile: str) -> 
 def readme(readme: Path, summary: Path) -> None:
     """Rewrites README's results block from a summary.csv and the manifest beside it. Raises UserError without marks."""
     text, summary = Path(readme).read_text(encoding="utf-8"), Path(summary)
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise UserError(f"{readme}: wants one line {BEGIN} and one line {END}")
-    before, rest = text.split(BEGIN)
+    profile = summary.parent.name
+    begin, end = marks(profile)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise UserError(f"{readme}: wants one line {begin} and one line {end}")
+    before, rest = text.split(begin)
     facts = manifest.RunManifest(summary.parent / "manifest.json").read()
-    block = readme_block(load(summary), facts, summary.parent.name)
-    manifest.write_text(Path(readme), f"{before}{BEGIN}\n{block}\n{END}{rest.split(END)[1]}")
+    block = readme_block(load(summary), facts, profile)
+    manifest.write_text(Path(readme), f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}")
 
 
 # --- the page -------------------------------------------------------------------------------------------------------

@@ -377,7 +377,7 @@ def test_readme_block_is_replaced(summary, tmp_path):
     manifest.write_frame(tmp_path / "toy" / "summary.csv", summary)
     manifest.write_json(tmp_path / "toy" / "manifest.json", {"profile": "toy", "machine": {}})
     path = tmp_path / "README.md"
-    path.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    path.write_text("before\n{}\nold\n{}\nafter\n".format(*report.marks("toy")))
     for _ in range(2):
         report.readme(path, tmp_path / "toy" / "summary.csv")
         text = path.read_text()
@@ -396,15 +396,29 @@ def committed(path):
     return None if (ROOT / ".git").exists() or not (ROOT / path).is_file() else (ROOT / path).read_text()
 
 
-def test_readme_agrees_with_the_committed_results(tmp_path):
-    tables = committed("results/embedded/summary.csv")
+@pytest.mark.parametrize("profile", ["embedded", "h200"])
+def test_readme_agrees_with_the_committed_results(profile, tmp_path):
+    tables = committed(f"results/{profile}/summary.csv")
     if tables is None:
-        pytest.skip("no results of profile embedded yet")
+        pytest.skip(f"no results of profile {profile} yet")
     (tmp_path / "summary.csv").write_text(tables)
-    facts = json.loads(committed("results/embedded/manifest.json"))
-    block = report.readme_block(report.load(tmp_path / "summary.csv"), facts, "embedded")
-    assert block == (committed("README.md").split(report.BEGIN)[1].split(report.END)[0]).strip()
-    assert committed("figures/embedded/04_speedup.svg")
+    facts = json.loads(committed(f"results/{profile}/manifest.json"))
+    block = report.readme_block(report.load(tmp_path / "summary.csv"), facts, profile)
+    begin, end = report.marks(profile)
+    assert block == (committed("README.md").split(begin)[1].split(end)[0]).strip()
+    assert committed(f"figures/{profile}/04_speedup.svg")
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ({"source": "code"}, "48 prompts of held-out code,"),
+        ({"source": "a.jsonl", "questions": "b.jsonl"}, "48 prompts of Spec-Bench and held-out code,"),
+        ({"source": "a.jsonl"}, "48 prompts of held-out text,"),
+    ],
+)
+def test_the_readme_block_names_its_prompts(summary, data, text):
+    assert text in report.readme_block(summary, {"settings": {"data": data}}, "toy")
 
 
 def test_readme_says_what_it_must():
