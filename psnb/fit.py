@@ -69,7 +69,7 @@ def compiled(function: Callable[..., Any], spec: FitSpec, device: torch.device) 
 def compiled_layers(model: nn.Module, spec: FitSpec, device: torch.device) -> Iterator[None]:
     """Inside, the decoder layers of a transformers model are compiled, as `compiled` says: once for all of them.
 
-    A model compiled as a whole takes as many times longer to compile as it has layers, and runs no faster.
+    A model compiled as a whole is traced layer by layer, and takes longer to compile the more it has.
     """
     layers = getattr(model.base_model, "layers", ()) if spec.compile and device.type == "cuda" else ()
     try:

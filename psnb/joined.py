@@ -1,7 +1,6 @@
 """Projections that read the same input as one matrix product: query, key and value; a gated block's gate and up.
 
-On a GPU three small products take three times as long as one of their joint size, as long as they are small. The
-product that follows a gate is kept apart.
+Small products on a GPU are bound by their number, not by their size. The product that follows a gate is kept apart.
 """
 
 from __future__ import annotations

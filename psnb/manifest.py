@@ -214,7 +214,7 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch_threads": torch.get_num_threads(),
-        "attention": "sdpa",
+        "attention": "auto: bmm or sdpa, by rows (cache.attend)" if torch.cuda.is_available() else "sdpa",
         "versions": _versions(),
     }
 
