@@ -7,8 +7,8 @@ children, and siblings stand in the order in which they are tried. `parent` hold
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,7 +110,6 @@ def fixed(ranks: Sequence[tuple[int, ...]], device: torch.device | str = "cpu") 
     return Shape(parent, depth, rank, ancestry(parent, max(map(len, order))))
 
 
-@functools.lru_cache(maxsize=64)
 def _contenders(k: int, nodes: int, width: int) -> list[tuple[int, ...]]:
     """Rank paths that can be among the N best, level by level: a parent before its children, siblings in order.
 
@@ -131,6 +130,22 @@ def _contenders(k: int, nodes: int, width: int) -> list[tuple[int, ...]]:
     return found
 
 
+@functools.lru_cache(maxsize=64)
+def _tables(k: int, nodes: int, width: int) -> tuple[Tensor, ...]:
+    """Of each contender [S]: where its slots' scores stand, itself and its ancestors (both [S, k]), parent, depth, rank.
+
+    Shorter paths are filled up with a score of 0 and with the root, which has the number S. Made once for all drafts.
+    """
+    found = _contenders(k, nodes, width)
+    number, root = {path: i for i, path in enumerate(found)}, len(found)
+    slots, seen = torch.full((root, k), k * width), torch.full((root, k), root)
+    for i, path in enumerate(found):
+        slots[i, : len(path)] = torch.tensor([slot * width + rank for slot, rank in enumerate(path)])
+        seen[i, : len(path)] = torch.tensor([number[path[: d + 1]] for d in range(len(path))])
+    above = torch.tensor([number.get(path[:-1], root) for path in found])
+    return slots, seen, above, torch.tensor([len(path) for path in found]), torch.tensor([path[-1] for path in found])
+
+
 class BestFirst:
     """The best tree of N nodes from k slots that do not depend on each other: known after one pass of the drafter.
 
@@ -141,22 +156,11 @@ class BestFirst:
 
     def __init__(self, k: int, nodes: int, width: int, device: torch.device | str = "cpu") -> None:
         self.k, self.nodes = k, nodes
-        found = _contenders(k, nodes, width)
-        if len(found) < nodes:
-            raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {len(found)} nodes there are")
-        number, root = {path: i for i, path in enumerate(found)}, len(found)
-
-        def table(of: Callable[[tuple[int, ...]], Any]) -> Tensor:
-            return torch.tensor([of(path) for path in found], device=device)
-
-        def padded(row: list[int], end: int) -> list[int]:
-            return row + [end] * (k - len(row))
-
-        self.slots = table(lambda path: padded([slot * width + rank for slot, rank in enumerate(path)], k * width))
-        self.seen = table(lambda path: padded([number[path[: d + 1]] for d in range(len(path))], root))  # and the root
-        self.above = table(lambda path: number.get(path[:-1], root))
-        self.depth, self.rank = table(len), table(lambda path: path[-1])
-        self.order = torch.arange(root - 1, -1, -1, device=device)
+        tables = _tables(k, nodes, width)
+        if (count := len(tables[0])) < nodes:
+            raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {count} nodes there are")
+        self.slots, self.seen, self.above, self.depth, self.rank = (table.to(device) for table in tables)
+        self.order = torch.arange(count - 1, -1, -1, device=device)
         self.rows = torch.arange(1, nodes + 1, device=device)
 
     def __call__(self, scores: Tensor) -> Shape:
