@@ -132,7 +132,7 @@ def _contenders(k: int, nodes: int, width: int) -> list[tuple[int, ...]]:
 
 @functools.lru_cache(maxsize=64)
 def _tables(k: int, nodes: int, width: int) -> tuple[Tensor, ...]:
-    """Of each contender [S]: where its slots' scores stand, itself and its ancestors (both [S, k]), parent, depth, rank.
+    """Of each contender [S]: its slots' scores' places [S, k], itself and its ancestors [S, k], parent, depth, rank.
 
     Shorter paths are filled up with a score of 0 and with the root, which has the number S. Made once for all drafts.
     """
