@@ -476,7 +476,8 @@ def against_batch(frame: pd.DataFrame) -> Figure:
         sns.lineplot(frame, x="batch", y=column, hue="method", style="method", markers=True, errorbar=None, ax=ax)
         ax.set(xlabel="batch size", ylabel=label, xscale="log", xticks=frame.batch.unique())
         ax.set_xticklabels([f"{b:g}" for b in frame.batch.unique()])
-        ax.legend(title="", fontsize=7)
+        ax.get_legend().remove()
+    axes[0, 1].legend(title="", fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))  # once, and off the lines
     axes[0, 1].axhline(1, color="#4d4d4d", lw=1, ls=":")
     return figure
 
