@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,12 +66,13 @@ def compiled(function: Callable[..., Any], spec: FitSpec, device: torch.device) 
 
 
 @contextlib.contextmanager
-def compiled_layers(model: nn.Module, spec: FitSpec, device: torch.device) -> Iterator[None]:
-    """Inside, the decoder layers of a transformers model are compiled, as `compiled` says: once for all of them.
+def compiled_layers(bodies: Iterable[nn.Module], spec: FitSpec, device: torch.device) -> Iterator[None]:
+    """Inside, the decoder layers of these modules are compiled, as `compiled` says: once for all layers of a body.
 
     A model compiled as a whole is traced layer by layer, and takes longer to compile the more it has.
     """
-    layers = getattr(model.base_model, "layers", ()) if spec.compile and device.type == "cuda" else ()
+    wanted = spec.compile and device.type == "cuda"
+    layers = [layer for body in bodies for layer in getattr(body, "layers", ()) if wanted]
     try:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)

@@ -396,8 +396,8 @@ class Study:
         def make(folder: Path) -> dict[str, Any]:
             order = np.random.default_rng(self.profile.seed).permutation(len(texts))
             some = texts.select(sorted(order[:documents])) if documents else texts
-            workers = min(16, os.cpu_count() or 1) if chats and len(some) > MANY_CHATS else None
-            shards = min(4 if workers else 20, len(some))
+            workers = min(32, os.cpu_count() or 1) if chats and len(some) > MANY_CHATS else None
+            shards = min(2 if workers else 20, len(some))
             parts, facts = [], Counter()
             for i in manifest.progress(range(shards), label=f"tokens of {name}, part"):
                 shard = some.shard(shards, i, contiguous=True)

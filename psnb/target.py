@@ -281,7 +281,7 @@ def train(
         total, count = token_loss(model, batch, run)
         return total / tokens, {"nats": (total, count)}
 
-    with compiled_layers(model, spec.train, device):
+    with compiled_layers([model.base_model], spec.train, device):
         lines = fit(
             model,
             loss,

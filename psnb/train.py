@@ -17,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 
 from psnb import drafters, groups, manifest
 from psnb.drafters import Drafter
-from psnb.drafters.base import Layers
 from psnb.errors import UserError
 from psnb.fit import Batch, Metrics, Row, compiled_layers, fit, generator, main_process
 from psnb.profile import DrafterSpec
@@ -353,9 +352,6 @@ def train_drafter(
     if warm_start_from is not None:
         warm_start(drafter, warm_start_from)
     n = rows["input_ids"].shape[1]
-    if budget.compile and device.type == "cuda":
-        for body in (m for m in drafter.children() if isinstance(m, Layers)):
-            body.compile()
 
     @functools.lru_cache(maxsize=1)  # `count` and each part of the step's batch ask for the same
     def layout(step: int) -> tuple[Tensor, Tensor, list[int]]:
@@ -375,7 +371,7 @@ def train_drafter(
             metrics |= {f"loss_{slot}": (nats, rows), f"match_{slot}": (matches, rows)}
         return value, metrics
 
-    with compiled_layers(target.model, budget, device):
+    with compiled_layers([target.model.base_model, *drafter.children()], budget, device):
         lines = fit(
             drafter,
             loss,
