@@ -76,7 +76,10 @@ def compiled_layers(bodies: Iterable[nn.Module], spec: FitSpec, device: torch.de
     try:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
-        yield
+        with torch._dynamo.config.patch(
+            recompile_limit=64
+        ):  # one code for all trainings of a process, and their judging
+            yield
     finally:
         for layer in layers:
             layer.__dict__.pop("forward", None)
