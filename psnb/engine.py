@@ -302,6 +302,7 @@ class Engine:
             verdict = Verdict(*torch.vmap(one)(given))
         else:
             verdict = Verdict(*(part[None] for part in one(pytree.tree_map(lambda part: part[0], given))))
+        sampler.noise = _Given(dtype, given["noise"])  # what vmap gave `one` may not outlive it in a compiled walk
         if self.trace is None:
             return verdict
         count = self.trace[self.step % len(self.trace)].expand(self.batch)
@@ -410,6 +411,7 @@ class Engine:
             accepted = accepted.to(self.target.device, torch.long).clamp(0, min(self.depth, self.plan.nodes))
         self.trace = accepted
         self._runs.clear()
+        self._pool = torch.cuda.graph_pool_handle() if self.graph else None  # the old one ended with its graphs
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int] | None = None) -> list[Generation]:

@@ -117,6 +117,15 @@ def test_compiled_parts_change_nothing(monkeypatch):
     assert rows.untyped_storage().nbytes() == 0  # on a GPU the next engine needs the room
 
 
+def test_a_compiled_walk_keeps_nothing_of_vmap():
+    """Traced to its end with functionalised tensors, which the inner ones of vmap must not outlive."""
+    target = toys.target(torch.float64)
+    settings = Settings(temperature=0.7, max_new_tokens=5, repeat_stop=0)
+    two = Engine(target, None, settings, batch=2)
+    two._fast = {"_walk": torch.compile(Engine._walk, backend="aot_eager")}
+    assert_same(two.generate(PROMPTS[:2], [0, 1]), target, None, PROMPTS[:2], settings, [0, 1])
+
+
 # --- nothing waits for the device ------------------------------------------------------------------------------------
 
 
