@@ -106,11 +106,12 @@ def _compiled(cache: StaticCache, index: int, layer: nn.Module, tune: bool) -> C
 
 
 def _compile(function: Callable[..., Any], tune: bool = False) -> Callable[..., Any]:
-    """One compilation for all numbers of rows (but one row, which is a case of its own), buckets and trees.
+    """Compiled anew where a number of rows, a bucket or a tree is the second of its kind, then once for all others.
 
+    Symbols for every size from the start take twice as long to trace.
     tune: products of one row become generated reductions, tried in several sizes: faster, and longer to compile.
     """
-    return torch.compile(function, dynamic=True, options={"coordinate_descent_tuning": True} if tune else None)
+    return torch.compile(function, options={"coordinate_descent_tuning": True} if tune else None)
 
 
 class Engine:
@@ -151,6 +152,9 @@ class Engine:
         self.prompts = prompts or Prompts(target)
         self.batch, self.every, self.attention = batch, every, attention
         self.sampler = Sampler(target, settings)
+        self.sampler.noise = _Given(
+            self.sampler.noise.dtype, {}
+        )  # what rounds will find there, for the compiler's sake
         self.plan, self.depth, nodes, scratch, taps = None, 0, 0, 0, ()
         if drafter is not None:
             of = settings

@@ -103,7 +103,7 @@ def test_compiled_parts_change_nothing(monkeypatch):
     """Traced without a break, once for both layers, with joined projections."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(engine, "_compile", lambda f, tune=False: torch.compile(f, dynamic=True, backend="eager"))
+    monkeypatch.setattr(engine, "_compile", lambda f, tune=False: torch.compile(f, backend="eager"))
     target = toys.target(torch.float64)
     drafter = toys.drafter("eagle-ps", target)
     settings = Settings(k=2, tree="best_first", nodes=4, temperature=0.7, max_new_tokens=12, repeat_stop=0)
