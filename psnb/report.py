@@ -466,6 +466,18 @@ def on_gpu(facts: dict[str, Any]) -> bool:
     return bool((facts.get("machine") or {}).get("gpu"))
 
 
+def took(facts: dict[str, Any]) -> pd.DataFrame:
+    """What a run took, from its manifest: stage, seconds, machine, and `all`, their sum.
+
+    What a notebook made on its way is in the notebook's seconds. Stages that ran side by side count in full.
+    """
+    made = {**facts.get("stages", {}), **facts.get("checkpoints", {})}
+    alone = {name: about for name, about in made.items() if not about.get("notebook") and "seconds" in about}
+    rows = [(name, about["seconds"], about.get("machine", "")) for name, about in alone.items()]
+    rows.append(("all", sum(seconds for _, seconds, _ in rows), ""))
+    return pd.DataFrame(rows, columns=["stage", "seconds", "machine"])
+
+
 def where(facts: dict[str, Any]) -> str:
     """The machine, the profile and the version of a run, in one line, from its manifest."""
     machine = facts.get("machine") or {}

@@ -201,6 +201,7 @@ class Study:
         with manifest.atomic_folder(folder) as temporary:
             facts = make(temporary)
             about = {"key": key, "at": manifest.now(), "seconds": round(time.monotonic() - began, 2), **facts}
+            about |= {"notebook": name} if (name := os.environ.get("PSNB_NOTEBOOK")) else {}
             manifest.write_json(temporary / "stage.json", about)
         self.fresh.discard(stage)
         say(f"{stage}: done in {about['seconds']:.0f} s")
@@ -788,7 +789,7 @@ class Study:
         folders = {path.parent.name: read_json(path) for path in sorted(self.cache.glob("*/stage.json"))}
         records = {path.stem: read_json(path) for path in sorted(self.cache.glob("stages/*.json"))}
         models = {name: stage_facts(self.checkpoint(name)) for name in self.models}
-        told = ("at", "seconds", "key", "machine", "revision", "weights")
+        told = ("at", "seconds", "key", "machine", "revision", "weights", "notebook")
         mismatched = self.made("corpus").get("mismatched")
         warning = f"installed versions differ from the pins: {mismatched}" if mismatched else ""
         return {

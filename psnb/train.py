@@ -107,11 +107,13 @@ def slots(drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, ancho
     return made._replace(hidden=hidden[:, -len(made.slot) :])
 
 
-def _measure(z: Tensor, w: Tensor, at: Tensor, token: Tensor, hard: bool, streak: bool) -> tuple[Tensor, ...]:
+def _measure(
+    z: Tensor, w: Tensor, at: Tensor, token: Tensor, hard: bool, streak: bool, sloping: bool = True
+) -> tuple[Tensor, ...]:
     """Drafter's logits z [b, j, V], the target's w [b, m, V], those of row j at at[j]; the text's tokens [b, j].
 
-    Returns nats, log_q, match [b, j] and two slopes [b, j, V]: of nats (q - p) and, for the streak, of log_q
-    (onehot - q) with respect to z.
+    Returns nats, log_q, match [b, j] and, if `sloping`, two slopes [b, j, V]: of nats (q - p) and, for the streak, of
+    log_q (onehot - q) with respect to z.
     """
     w, log_q = w[:, at], z.float().log_softmax(-1)
     q, token = log_q.exp(), token[..., None]
@@ -119,7 +121,7 @@ def _measure(z: Tensor, w: Tensor, at: Tensor, token: Tensor, hard: bool, streak
     one = torch.arange(z.shape[-1], device=z.device) == token
     p = one.float() if hard else w.float().softmax(-1)
     nats = -own if hard else -(p * log_q).sum(-1)
-    slopes = [(q - p).to(z.dtype)] + ([(one.float() - q).to(z.dtype)] if streak else [])
+    slopes = [(q - p).to(z.dtype)] * sloping + ([(one.float() - q).to(z.dtype)] if streak else [])
     return nats, own, z.argmax(-1) == w.argmax(-1), *slopes
 
 
@@ -196,9 +198,10 @@ def score(drafter: Drafter, batch: Batch, features: Tensor, made: Slots) -> tupl
 
     def piece(h: Tensor, f: Tensor, token: Tensor, slot: int) -> tuple[Tensor, ...]:
         z, at = drafter.logits(h, slot), torch.zeros(1, dtype=torch.long, device=h.device)
-        return _measure(z[:, None], target.logits(f)[:, None], at, token[:, None], spec.labels == "hard", False)[:3]
+        return measure(z[:, None], target.logits(f)[:, None], at, token[:, None], spec.labels == "hard", False, False)
 
     # a trained projection: the logits of a piece are made again in the backward pass
+    measure = _compiled_measure() if ids.is_cuda else _measure
     found: list[list[Tensor]] = [[], [], []]
     size = max(1, LOGITS // target.vocab_size)
     for slot, (h, place) in enumerate(zip(made.parts(), made.place.split(made.sizes), strict=True)):
