@@ -152,9 +152,7 @@ class Engine:
         self.prompts = prompts or Prompts(target)
         self.batch, self.every, self.attention = batch, every, attention
         self.sampler = Sampler(target, settings)
-        self.sampler.noise = _Given(
-            self.sampler.noise.dtype, {}
-        )  # what rounds will find there, for the compiler's sake
+        self.sampler.noise = _Given(self.sampler.noise.dtype, {})  # the kind that every round finds, compiled once
         self.plan, self.depth, nodes, scratch, taps = None, 0, 0, 0, ()
         if drafter is not None:
             of = settings

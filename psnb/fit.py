@@ -76,9 +76,7 @@ def compiled_layers(bodies: Iterable[nn.Module], spec: FitSpec, device: torch.de
     try:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
-        with torch._dynamo.config.patch(
-            recompile_limit=64
-        ):  # one code for all trainings of a process, and their judging
+        with torch._dynamo.config.patch(recompile_limit=64):  # a process's trainings share the layer's code
             yield
     finally:
         for layer in layers:
