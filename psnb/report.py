@@ -469,10 +469,10 @@ def on_gpu(facts: dict[str, Any]) -> bool:
 def took(facts: dict[str, Any]) -> pd.DataFrame:
     """What a run took, from its manifest: stage, seconds, machine, and `all`, their sum.
 
-    What a notebook made on its way is in the notebook's seconds. Stages that ran side by side count in full.
+    What a notebook or a training made on its way is in its seconds. Stages that ran side by side count in full.
     """
     made = {**facts.get("stages", {}), **facts.get("checkpoints", {})}
-    alone = {name: about for name, about in made.items() if not about.get("notebook") and "seconds" in about}
+    alone = {name: about for name, about in made.items() if not (about.get("notebook") or about.get("within"))}
     rows = [(name, about["seconds"], about.get("machine", "")) for name, about in alone.items()]
     rows.append(("all", sum(seconds for _, seconds, _ in rows), ""))
     return pd.DataFrame(rows, columns=["stage", "seconds", "machine"])

@@ -122,6 +122,7 @@ class Study:
     launch: Callable[[str, Path], None] | None = None  # trains a model into a folder elsewhere (see runner.train)
     _loaded: dict[str, Any] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
+    _making: list[str] = field(default_factory=lambda: [os.environ.get("PSNB_NOTEBOOK", "")])  # outermost first
 
     @classmethod
     def open(cls, profile_: str | Profile = "embedded", output: str | Path = "", fresh: Iterable[str] = ()) -> Study:
@@ -197,12 +198,16 @@ class Study:
         """`make(temporary)` fills a folder and returns facts for stage.json; then it takes the place of `folder`."""
         say(f"{stage}: {why}")
         self._said.add(stage)
-        began = time.monotonic()
-        with manifest.atomic_folder(folder) as temporary:
-            facts = make(temporary)
-            about = {"key": key, "at": manifest.now(), "seconds": round(time.monotonic() - began, 2), **facts}
-            about |= {"notebook": name} if (name := os.environ.get("PSNB_NOTEBOOK")) else {}
-            manifest.write_json(temporary / "stage.json", about)
+        began, within = time.monotonic(), self._making[-1]
+        self._making.append(stage)
+        try:
+            with manifest.atomic_folder(folder) as temporary:
+                facts = make(temporary)
+                about = {"key": key, "at": manifest.now(), "seconds": round(time.monotonic() - began, 2), **facts}
+                about |= {"within": within} if within else {}  # whose seconds include these
+                manifest.write_json(temporary / "stage.json", about)
+        finally:
+            self._making.pop()
         self.fresh.discard(stage)
         say(f"{stage}: done in {about['seconds']:.0f} s")
         return folder
@@ -789,7 +794,7 @@ class Study:
         folders = {path.parent.name: read_json(path) for path in sorted(self.cache.glob("*/stage.json"))}
         records = {path.stem: read_json(path) for path in sorted(self.cache.glob("stages/*.json"))}
         models = {name: stage_facts(self.checkpoint(name)) for name in self.models}
-        told = ("at", "seconds", "key", "machine", "revision", "weights", "notebook")
+        told = ("at", "seconds", "key", "machine", "revision", "weights", "notebook", "within")
         mismatched = self.made("corpus").get("mismatched")
         warning = f"installed versions differ from the pins: {mismatched}" if mismatched else ""
         return {

@@ -107,12 +107,10 @@ def slots(drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, ancho
     return made._replace(hidden=hidden[:, -len(made.slot) :])
 
 
-def _measure(
-    z: Tensor, w: Tensor, at: Tensor, token: Tensor, hard: bool, streak: bool, sloping: bool = True
-) -> tuple[Tensor, ...]:
+def _measure(z: Tensor, w: Tensor, at: Tensor, token: Tensor, hard: bool, slopes: int) -> tuple[Tensor, ...]:
     """Drafter's logits z [b, j, V], the target's w [b, m, V], those of row j at at[j]; the text's tokens [b, j].
 
-    Returns nats, log_q, match [b, j] and, if `sloping`, two slopes [b, j, V]: of nats (q - p) and, for the streak, of
+    Returns nats, log_q, match [b, j] and the first `slopes` of two [b, j, V]: of nats (q - p) and, for the streak, of
     log_q (onehot - q) with respect to z.
     """
     w, log_q = w[:, at], z.float().log_softmax(-1)
@@ -121,8 +119,12 @@ def _measure(
     one = torch.arange(z.shape[-1], device=z.device) == token
     p = one.float() if hard else w.float().softmax(-1)
     nats = -own if hard else -(p * log_q).sum(-1)
-    slopes = [(q - p).to(z.dtype)] * sloping + ([(one.float() - q).to(z.dtype)] if streak else [])
-    return nats, own, z.argmax(-1) == w.argmax(-1), *slopes
+    found = nats, own, z.argmax(-1) == w.argmax(-1)
+    if slopes > 0:
+        found += ((q - p).to(z.dtype),)
+    if slopes > 1:
+        found += ((one.float() - q).to(z.dtype),)
+    return found
 
 
 @functools.cache
@@ -169,7 +171,7 @@ class _Vocabulary(torch.autograd.Function):
         for rows, index, span in _pieces(place, *ids.shape, target.vocab_size):
             z, at = target.logits(hidden[rows, index]), place[index]
             wanted = target.logits(features[rows, span])  # once a position, whichever slots need it
-            made = measure(z, wanted, at - span.start, ids[rows, at + 1], hard, streak)
+            made = measure(z, wanted, at - span.start, ids[rows, at + 1], hard, len(slopes))
             for table, value in zip(values, made, strict=False):
                 table[rows, index] = value
             weight = weight.to(z.dtype)
@@ -198,7 +200,7 @@ def score(drafter: Drafter, batch: Batch, features: Tensor, made: Slots) -> tupl
 
     def piece(h: Tensor, f: Tensor, token: Tensor, slot: int) -> tuple[Tensor, ...]:
         z, at = drafter.logits(h, slot), torch.zeros(1, dtype=torch.long, device=h.device)
-        return measure(z[:, None], target.logits(f)[:, None], at, token[:, None], spec.labels == "hard", False, False)
+        return measure(z[:, None], target.logits(f)[:, None], at, token[:, None], spec.labels == "hard", 0)
 
     # a trained projection: the logits of a piece are made again in the backward pass
     measure = _compiled_measure() if ids.is_cuda else _measure

@@ -438,13 +438,14 @@ def test_readme_profile_is_a_valid_profile(tmp_path):
 
 
 def test_what_a_run_took_counts_nothing_twice():
-    """Rows made alone, a target trained alone, a table and a drafter that their notebooks made."""
+    """Rows made alone, a target that made its tokens, a table and a drafter that their notebooks made."""
     stages = {
         "rows-train": {"seconds": 5.0},
+        "tokens-train": {"seconds": 3.0, "within": "target"},
         "03_runs": {"seconds": 30.0, "notebook": "03_draft_length"},
         "03_draft_length": {"seconds": 40.0, "machine": "a GPU"},
     }
-    weights = {"target": {"seconds": 100.0}, "eagle": {"seconds": 20.0, "notebook": "02_train_drafters"}}
+    weights = {"target": {"seconds": 100.0}, "eagle": {"seconds": 20.0, "within": "02_train_drafters"}}
     found = report.took({"stages": stages, "checkpoints": weights})
     assert found.stage.tolist() == ["rows-train", "03_draft_length", "target", "all"]
     assert found.seconds.tolist() == [5, 40, 100, 145]

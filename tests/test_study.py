@@ -422,3 +422,16 @@ def test_a_table_of_another_profile(tmp_path):
         study.measured("04_runs", "other")
     manifest.write_frame(tmp_path / "results" / "other" / "04_runs.csv", pd.DataFrame({"tree": ["", "chain"]}))
     assert study.measured("04_runs", "other").tree.tolist() == ["", "chain"]
+
+
+def test_a_stage_says_within_which_it_was_made(tmp_path):
+    """Seconds of a stage that another one made on its way are not to be counted twice (report.took)."""
+    study = Study.open("smoke", tmp_path)
+
+    def outer(folder):
+        study._make("inner", tmp_path / "inner", "key", lambda folder: {}, "making it")
+        return {}
+
+    study._make("outer", tmp_path / "outer", "key", outer, "making it")
+    inside, outside = (json.loads((tmp_path / name / "stage.json").read_text()) for name in ("inner", "outer"))
+    assert inside["within"] == "outer" and "within" not in outside
