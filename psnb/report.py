@@ -494,12 +494,18 @@ def marks(profile: str) -> tuple[str, str]:
     return f"<!-- results of {profile}: begin -->", f"<!-- results of {profile}: end -->"
 
 
+def asked(data: dict[str, Any]) -> str:
+    """What the prompts of a profile's [data] are, in words."""
+    if data.get("source", "code") == "code":
+        return "held-out code"
+    first = f"the questions of {Path(data['questions']).name}" if data.get("questions") else "held-out text"
+    return f"{first} and held-out code" if data.get("held_out") else first
+
+
 def readme_block(summary: pd.DataFrame, facts: dict[str, Any], profile: str) -> str:
     """What stands between README's marks: the figure and the headline table of a profile's results."""
     n = int(pick(summary, "speedup_vs_plain", stage=SPEEDUP, task="all").n.max())
-    data = (facts.get("settings") or {}).get("data", {})
-    text = "Spec-Bench and held-out code" if data.get("questions") else "held-out text"
-    text = "held-out code" if data.get("source", "code") == "code" else text
+    text = asked((facts.get("settings") or {}).get("data", {}))
     return "\n\n".join(
         (
             f"![Speedup over plain decoding by drafter and temperature](figures/{profile}/04_speedup.png)",

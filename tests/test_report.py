@@ -413,7 +413,8 @@ def test_readme_agrees_with_the_committed_results(profile, tmp_path):
     ("data", "text"),
     [
         ({"source": "code"}, "48 prompts of held-out code,"),
-        ({"source": "a.jsonl", "questions": "b.jsonl"}, "48 prompts of Spec-Bench and held-out code,"),
+        ({"source": "a.jsonl", "questions": "c/b.jsonl"}, "48 prompts of the questions of b.jsonl,"),
+        ({"source": "a.jsonl", "held_out": ["attrs"]}, "48 prompts of held-out text and held-out code,"),
         ({"source": "a.jsonl"}, "48 prompts of held-out text,"),
     ],
 )
