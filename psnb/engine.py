@@ -194,7 +194,7 @@ class Engine:
             self._compile_parts()
 
     def _compile_parts(self) -> None:
-        """Few kernels instead of many: layers, norms, angles, noise, the tree, the walk and the commit."""
+        """Few kernels instead of many: layers, norms, angles, noise, the tree, the walk and what follows from it."""
         bodies = [(self.cache, self.target.model.base_model), *([(self.own, self.body)] if self.body else [])]
         for cache, body in bodies:
             self._joined += joined.parts(body)
@@ -205,7 +205,7 @@ class Engine:
             self._compiled |= {part: _compile(part.forward) for part in rest}
             cache.lay_out = _compile(StaticCache._lay_out)
         self._gumbel = _compile(gumbel)
-        self._fast = {name: _compile(getattr(Engine, name)) for name in ("_plant", "_propose", "_walk", "_commit")}
+        self._fast = {name: _compile(getattr(Engine, name)) for name in ("_plant", "_propose", "_walk", "_advance")}
 
     def _do(self, name: str, *given: Any) -> Any:
         """A method by its name, compiled where it is."""
@@ -311,9 +311,13 @@ class Engine:
         return Verdict(torch.minimum(rows, count[:, None]), count, verdict.token)
 
     def _commit(self, tree: Tree | None, fed: Tensor, features: Tensor, verdict: Verdict) -> None:
-        path, count, token = verdict
         if tree is not None and self.plan.kind != "chain":
-            self.cache.commit(self.held, path)
+            self.cache.commit(self.held, verdict.path)  # never compiled: the compiler would copy the whole cache
+        self._do("_advance", tree, fed, features, verdict)
+
+    def _advance(self, tree: Tree | None, fed: Tensor, features: Tensor, verdict: Verdict) -> None:
+        """Log what was accepted, and what the drafter is yet to be shown."""
+        path, count, token = verdict
         line = [count[:, None], token[:, None], path]
         if tree is not None:
             line += [tree.tokens] if self.fixed else [tree.tokens, tree.shape.parent]
@@ -329,7 +333,7 @@ class Engine:
     def _round(self) -> None:
         tree = self._draft()
         fed, features, logits = self._verify(tree)
-        self._do("_commit", tree, fed, features, self._do("_walk", tree, logits))
+        self._commit(tree, fed, features, self._do("_walk", tree, logits))
 
     # --- graphs ------------------------------------------------------------------------------------------------------
 
@@ -516,7 +520,7 @@ class Engine:
             lambda: box.update(tree=self._draft()),
             verify,
             lambda: box.update(verdict=self._do("_walk", box["tree"], box["logits"])),
-            lambda: self._do("_commit", box["tree"], box["fed"], box["features"], box["verdict"]),
+            lambda: self._commit(box["tree"], box["fed"], box["features"], box["verdict"]),
         )
         with self._inside(bucket):
             for name, part in (*zip(PARTS, work, strict=True), ("round", whole)):
