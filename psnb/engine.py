@@ -1,9 +1,10 @@
 """The round of `decode` with static shapes, so that a whole round can be one CUDA graph.
 
 Draft, tree, verification and commit are those of `decode`; what differs is where the state is. Lengths, tokens that
-wait and features are on the device, and the host reads what was accepted every few rounds only. A sequence whose cache
-holds `held` rows knows held + 1 tokens. The drafter is yet to be shown the last `valid` of them (`following`, with
-the features that gave them), the newest of which is the root of the round. B sequences advance each at its own pace.
+wait and features are on the device, and the host reads what was accepted while the next round runs. A sequence whose
+cache holds `held` rows knows held + 1 tokens. The drafter is yet to be shown the last `valid` of them (`following`,
+with the features that gave them), the newest of which is the root of the round. B sequences advance each at its own
+pace.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -117,7 +121,8 @@ def _compile(function: Callable[..., Any], tune: bool = False) -> Callable[..., 
 class Engine:
     """Plain (`drafter` None) or speculative decoding of `batch` sequences, with the results of `decode`.
 
-    capacity: rows of the cache (0: what the target's context needs). every: rounds between two looks of the host.
+    capacity: rows of the cache (0: what the target's context needs). every: rounds between two looks of the host, which
+    with graphs reads them while the next ones run: a sequence stops at most 2 * every - 1 rounds late.
     graph: rounds are CUDA graphs, one for each bucket of rows that attention sees (None: on a GPU). compile_layers:
     torch.compile every decoder layer (None: in graphs). attention: see `cache.attend`. prompts: shared with other
     engines. Raises `UserError` for what cannot work.
@@ -130,7 +135,7 @@ class Engine:
         settings: Settings,
         batch: int = 1,
         capacity: int = 0,
-        every: int = 8,
+        every: int = 1,
         graph: bool | None = None,
         compile_layers: bool | None = None,
         attention: str = "auto",
@@ -182,6 +187,8 @@ class Engine:
         self.features = zeros(batch, self.depth + 1, width, dtype=target.dtype)
         self.fixed = self.plan is None or self.plan.shape is not None
         self.log = zeros(every, batch, 2 + self.depth + 1 + nodes * (1 if self.fixed else 2))
+        self.lag = 1 if self.graph else 0  # lots of rounds that run before the host has read the former
+        self._pinned = itertools.cycle([self.log.cpu().pin_memory() for _ in range(1 + self.lag)] if self.graph else [])
         self.step = zeros(1)
         self.state = (self.held, self.valid, self.following, self.features, self.log, self.step)
         self.noise: dict[str, Tensor] = {}
@@ -452,25 +459,58 @@ class Engine:
         self.step.zero_()
         held, launched, most = [len(prompt) for prompt in prompts], 0, self.settings.max_new_tokens
         parent = {} if self.fixed is False or self.depth == 0 else {"parent": self.plan.shape.parent.tolist()}
+        flying: deque[tuple[range, Callable[[], list[Any]]]] = deque()  # rounds that the host has yet to read
+        mark = time.perf_counter()
         while live := [row for row, stop in enumerate(stops) if not stop.done]:
-            # no more rounds than the longest needs if all is accepted
-            rounds = min(self.every, max(-(-(most - len(made[row].tokens)) // (self.depth + 1)) for row in live))
-            ahead = [min(held[row] + rounds * (self.depth + 1), len(prompts[row]) + most) for row in live]
-            run = self._run(self._bucket(max(ahead) + self.margin))
-            began = time.perf_counter()
-            for _ in range(rounds):
-                run()
-            lines = self.log.tolist()
-            read = time.perf_counter()
-            for turn in range(launched, launched + rounds):
+            unread = sum(len(turns) for turns, _ in flying)
+            seen = launched - unread
+            needed = 0  # rounds, at the pace so far; at first as if all were accepted
+            for row in live:
+                count = len(made[row].tokens)
+                needed = max(needed, math.ceil((most - count) / ((count - 1) / seen if seen else self.depth + 1)))
+            if (rounds := min(self.every, needed - unread)) > 0:
+                far = (unread + rounds) * (self.depth + 1)
+                ahead = [min(held[row] + far, len(prompts[row]) + most) for row in live]
+                captured = self.capture_seconds
+                run = self._run(self._bucket(max(ahead) + self.margin))
+                mark += self.capture_seconds - captured
+                for _ in range(rounds):
+                    run()
+                flying.append((range(launched, launched + rounds), self._read()))
+                launched += rounds
+                if len(flying) <= self.lag:
+                    continue
+            turns, read = flying.popleft()
+            lines, now = read(), time.perf_counter()
+            verify = now - mark
+            for turn in turns:
                 for row in live:
                     if not stops[row].done:
                         held[row] += self._take(lines[turn % self.every][row], made[row], stops[row], parent)
-            launched += rounds
+            mark = time.perf_counter()
+            host = 0.0 if flying else mark - now  # the device goes on meanwhile
             for of in made:
-                of.seconds["verify"] += read - began
-                of.seconds["host"] += time.perf_counter() - read
+                of.seconds["verify"] += verify + (mark - now - host)
+                of.seconds["host"] += host
+        _wait(self.target.device)  # for the rounds in vain
+        for of in made:
+            of.seconds["verify"] += time.perf_counter() - mark
         return made
+
+    def _read(self) -> Callable[[], list[Any]]:
+        """Starts to copy the log to the host; what it returns waits for that, and gives the lines."""
+        if not self.graph:
+            return functools.partial(list, self.log.tolist())
+        to = next(self._pinned)
+        to.copy_(self.log, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+
+        def read() -> list[Any]:
+            done.synchronize()
+            return to.tolist()
+
+        return read
 
     def _take(self, line: list[int], of: Generation, stops: Stops, parent: dict[str, list[int]]) -> int:
         """Add a round that the log tells of; returns how many tokens it gave."""

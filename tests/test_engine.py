@@ -49,19 +49,20 @@ def test_a_batch_equals_decoding_one_by_one(kind, rule):
     target = toys.target(torch.float64)
     drafter = kind and toys.drafter(kind, target)
     temperature, rule, used = (0.0, "coupled", set()) if rule == "greedy" else (0.7, rule, set())
-    for (tree, k, nodes), every in zip(trees(drafter), (8, 3, 1, 3), strict=False):
+    for (tree, k, nodes), every, lag in zip(trees(drafter), (8, 3, 1, 3), (0, 0, 1, 1), strict=False):
         if rule == "block" and tree != "chain":
             continue
-        settings = Settings(k=k, tree=tree, nodes=nodes, temperature=temperature, rule=rule, max_new_tokens=29)
+        settings = Settings(k=k, tree=tree, nodes=nodes, temperature=temperature, rule=rule, max_new_tokens=21)
         engine = Engine(target, drafter, settings, batch=3, every=every, buckets=range(40, 120, 16))
+        engine.lag = lag  # as with graphs
         assert_same(engine.generate(PROMPTS, range(4)), target, drafter, PROMPTS, settings, range(4))
         used |= engine._runs.keys()
     assert len(used) > 1  # or no bucket was crossed
 
 
-@pytest.mark.parametrize("every", [1, 3, 8])
+@pytest.mark.parametrize(("every", "lag"), [(1, 0), (8, 0), (1, 1), (3, 1)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_sequence_stops_where_decoding_stops(kind, every):
+def test_one_sequence_stops_where_decoding_stops(kind, every, lag):
     """By length, by a stop token in the middle of a round, and by repetition."""
     target = toys.target(torch.float64)
     drafter = kind and toys.drafter(kind, target)
@@ -70,7 +71,9 @@ def test_one_sequence_stops_where_decoding_stops(kind, every):
     repeating = dataclasses.replace(settings, temperature=0.01, repeat_stop=6, max_new_tokens=80)
     how = []
     for one in (settings, dataclasses.replace(settings, stop_tokens=(stop,)), repeating):
-        made = Engine(target, drafter, one, every=every, buckets=(24, 40)).generate([PROMPT])
+        engine = Engine(target, drafter, one, every=every, buckets=(24, 40))
+        engine.lag = lag
+        made = engine.generate([PROMPT])
         assert_same(made, target, drafter, [PROMPT], one, [5])
         how.append(made[0].stopped)
     assert how[:2] == ["length", "stop"]
