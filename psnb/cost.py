@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 from psnb import drafters as models
 from psnb.decode import Settings
 from psnb.drafters import Drafter
-from psnb.engine import PARTS, Engine
+from psnb.engine import PARTS, Engine, Prompts
 from psnb.errors import UserError
 from psnb.measure import COLUMNS, Arm, hf_generate
 from psnb.profile import DrafterSpec, nearest
@@ -156,6 +156,8 @@ def rounds(
     prompt = list(prompt) or torch.randint(0, target.vocab_size, (context,), generator=generator).tolist()
     prompt = (prompt * -(-context // len(prompt)))[:context]
     cuda, rows = target.device.type == "cuda", []
+    with torch.no_grad():
+        Prompts(target)(prompt, ())  # the first forward of a process loads kernels
     for batch in batches:
         for arm in arms:
             settings = arm.settings(temperature=temperature, max_new_tokens=tokens, repeat_stop=0)

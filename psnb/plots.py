@@ -46,12 +46,15 @@ TREES: dict[str, tuple[str, str, tuple, str]] = {
     "dynamic": ("#000000", "D", SOLID, ""),
 }
 SPARE = [("#1b7837", "v", SOLID, "--"), ("#762a83", "p", DASHED, "++"), ("#000000", "h", SOLID, "||")]
-PARTS = {"draft_ms": "draft", "verify_ms": "verify", "commit_ms": "commit", "host_ms": "host"}
+PARTS = {"draft_ms": "draft", "verify_ms": "verify", "walk_ms": "walk", "commit_ms": "commit", "host_ms": "host"}
+WHOLE = "one graph"
 PART_STYLES = {
     "draft": ("#08519c", ""),
     "verify": ("#bdd7e7", "//"),
+    "walk": ("#1b7837", "\\\\"),
     "commit": ("#f0b040", "xx"),
     "host": ("#d9d9d9", ".."),
+    WHOLE: ("#9ecae1", "//"),
 }
 LABELS = {
     "tokens_per_step": "tokens per target step (own token included)",
@@ -349,7 +352,8 @@ def against_nodes(summary: pd.DataFrame, **where: Any) -> Figure:
             ax.plot(part.nodes, part.value, color=_style([method])[method][0], ls=":", label=f"{method}: chain")
         ax.set(xlabel="drafted nodes N", ylabel=LABELS[metric])
         ax.axhline(1, color="#4d4d4d", lw=1, ls=":")
-        ax.legend(title="", fontsize=8)
+        ax.legend().remove()
+    _legend_right(axes[0, -1])
     return figure
 
 
@@ -441,11 +445,17 @@ def per_task(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
 
 @_themed
 def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
-    """What one round costs, in milliseconds by part, and how many tokens it yields; one bar a method and shape."""
+    """What one round costs, in milliseconds by part, and how many tokens it yields; one bar a method and shape.
+
+    Where a round is one CUDA graph its parts are not known apart, and it is one bar.
+    """
     summary, shape = with_k(summary), ["method", "k", "tree", "nodes"]
     rows = pick(summary, list(PARTS), task="all", temperature=temperature)
     table = rows.assign(part=rows.metric.map(PARTS)).pivot_table(index=shape, columns="part", values="value")
     table = table.reindex(columns=[p for p in PARTS.values() if p in table]).fillna(0.0)
+    if "draft" not in table or not table.draft.any():
+        table = table.rename(columns={"verify": WHOLE})
+    table = table.loc[:, table.any()]
     table = table.loc[[i for m in order(table.index.get_level_values(0)) for i in table.index if i[0] == m]]
     tokens = pick(summary, "tokens_per_step", task="all", temperature=temperature).set_index(shape).value
     figure, axes = _axes(1, width=8, height=0.45 * len(table) + 1.3)
