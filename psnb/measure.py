@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
 from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from psnb import decode, manifest
@@ -288,6 +290,17 @@ def summary(runs: pd.DataFrame, stage: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def _acceptance(counts: np.ndarray, n: int):
+    """counts [1 + BOOTSTRAP, k + 1]: rounds that accepted exactly i. Yield (metric, values, prompts n, unit)."""
+    reached = counts[:, ::-1].cumsum(1)[:, ::-1]  # at least i
+    accepted = (counts * np.arange(counts.shape[1])).sum(1) / reached[:, 0]
+    yield "tokens_per_step", 1 + accepted, n, "tokens"
+    yield "accepted_per_step", accepted, n, "tokens"
+    for i in range(counts.shape[1] - 1):
+        yield f"accept_cond_{i}", reached[:, i + 1] / reached[:, i], n, "share"
+        yield f"accept_uncond_{i}", reached[:, i + 1] / reached[:, 0], n, "share"
+
+
 def _metrics(part: pd.DataFrame, method: str, k: int, baselines: dict, temperature: float):
     """Yield (metric, values [1 + BOOTSTRAP], prompts, unit) of one method's rows."""
 
@@ -304,14 +317,7 @@ def _metrics(part: pd.DataFrame, method: str, k: int, baselines: dict, temperatu
         for name in ("draft", "verify", "commit", "host"):
             yield f"{name}_ms", 1e3 * sums[f"{name}_s"] / sums["rounds"], n, "ms/round"
     if k:
-        counts = by_prompt(part, _histograms(part, k))  # rounds that accepted exactly i
-        reached = counts[:, ::-1].cumsum(1)[:, ::-1]  # at least i
-        accepted = (counts * np.arange(k + 1)).sum(1) / reached[:, 0]
-        yield "tokens_per_step", 1 + accepted, n, "tokens"
-        yield "accepted_per_step", accepted, n, "tokens"
-        for i in range(k):
-            yield f"accept_cond_{i}", reached[:, i + 1] / reached[:, i], n, "share"
-            yield f"accept_uncond_{i}", reached[:, i + 1] / reached[:, 0], n, "share"
+        yield from _acceptance(by_prompt(part, _histograms(part, k)), n)
     for baseline, name in (("plain", "speedup_vs_plain"), ("hf_generate", "speedup_vs_hf")):
         if method == baseline or (baseline, temperature) not in baselines:
             continue
@@ -410,6 +416,113 @@ def coupling(target: Target, drafter: Drafter, texts: Sequence[Sequence[int]], t
         columns = {"coupled": coupled_acceptance(p, q), "measured": (chosen[0] == chosen[1]).float()}
         parts.append(pd.DataFrame({k: v.tolist() for k, v in {**columns, "rejection": high, "low": low}.items()}))
     return pd.concat(parts, ignore_index=True)
+
+
+def slot_marginals(
+    target: Target,
+    cache: KVCache,
+    known: int,
+    logits: Tensor,
+    k: int,
+    *,
+    temperature: float,
+    samples: int,
+    draw: torch.Generator,
+) -> Tensor:
+    """Marginals [k, V] of the k tokens after the first `known` that `cache` holds; logits [1, V] are the first one's.
+
+    Slot i averages p over `samples` continuations of i tokens drawn from p: probabilities, not counts, which spread
+    less. The samples are branches of one tree, so the keys of what is known are held once. `cache` needs room for
+    (k - 1) * samples rows and is left as it was.
+    """
+    held, p, made = cache.length, torch.empty(0), []
+    own = torch.eye(samples, dtype=torch.bool, device=target.device)
+    mask = (torch.arange(held, device=target.device) < known).expand(samples, held)
+    for i in range(k):
+        if i:
+            tokens = torch.multinomial(p.expand(samples, -1), 1, generator=draw).T
+            places = torch.full_like(tokens, known + i - 1)
+            mask = torch.cat([mask, own], 1)  # a sample sees what is known and its own tokens
+            logits = target.logits(target.features(tokens, places, mask[None, None], cache)[0])
+        if temperature:
+            p = warp(logits, temperature).softmax(-1)
+        else:
+            p = one_hot(logits.argmax(-1), logits.shape[-1]).float()
+        made.append(p.mean(0))
+    cache.crop(held)
+    return torch.stack(made)
+
+
+@torch.inference_mode()
+def marginals(
+    target: Target,
+    texts: Sequence[Sequence[int]],
+    k: int,
+    *,
+    temperature: float,
+    samples: int = 64,
+    positions: int = 8,
+    seed: int = 0,
+    sharpen: Sequence[float] = (1.0,),
+) -> pd.DataFrame:
+    """What chains of k tokens would bring if every slot had the target's exact marginal, all that one pass can know.
+
+    A one-pass drafter does not know the tokens of the slots before slot i. At best it has m_i, the expectation of p
+    over them, estimated by `slot_marginals`; m_0 is p. One that does not see the root (`medusa`, `medusa-ps`) has one
+    more token to average over: its slot i is slot i + 1 of the text without the root. Drafts are `coupled`: arg max of
+    sharpen * log m_i + G. At T = 0 the marginals are point masses and all is accepted, but for numeric ties: nothing
+    is lost in principle.
+
+    After each prompt in `texts` come the first `positions` rounds of decoding, fewer where the target stops. (Drafts
+    at even distances would meet hard tokens more rarely: a round begins where a draft was wrong.) Returns a row a
+    text, seen (is the root), sharpen and position (known tokens, the root included), with accepted, 0..k.
+    """
+    rows: list[dict[str, object]] = []
+    stop = (target.eos_token_id,) if target.eos_token_id is not None else ()
+    settings = Settings(k=k, temperature=temperature, max_new_tokens=1 + (k + 1) * positions, stop_tokens=stop)
+    for index, prompt in enumerate(manifest.progress(texts, len(texts), "exact marginals")):
+        own = dataclasses.replace(settings, seed=seed + index)  # as `run` has it
+        text = [*prompt, *autoregressive(target, prompt, own).tokens]
+        ids = torch.tensor(text, device=target.device)
+        cache = KVCache(target.layers, len(text) + k * samples)
+        features = decode._forward(target, ids, cache)[0]
+        noise = Noise(own.seed, target.vocab_size, target.dtype, target.device)
+        draw = torch.Generator(target.device).manual_seed(own.seed)
+        sampled: dict[str, Any] = {"temperature": temperature, "samples": samples, "draw": draw}
+        made: dict[tuple[int, bool], Tensor] = {}
+        for seen, scale in product((True, False), sharpen):
+            at = len(prompt) + 1
+            for _ in range(positions):
+                if at + k > len(text):
+                    break
+                if (at, seen) not in made:
+                    known = at if seen else at - 1
+                    logits = target.logits(features[known - 1 : known])
+                    made[at, seen] = slot_marginals(target, cache, known, logits, at - known + k, **sampled)[-k:].log()
+                right = (scale * made[at, seen] + noise.rows(at, k)).argmax(-1) == ids[at : at + k]
+                accepted = int(right.cumprod(0).sum())
+                rows.append({"text": index, "seen": seen, "sharpen": scale, "position": at, "accepted": accepted})
+                at += accepted + 1
+    return pd.DataFrame(rows, columns=["text", "seen", "sharpen", "position", "accepted"])
+
+
+def marginal_rows(found: pd.DataFrame, k: int, temperature: float, stage: str) -> pd.DataFrame:
+    """Acceptance of `marginals`' rows in the columns of summary.csv; intervals resample texts.
+
+    Methods: "exact marginals" of drafters that see the root, "exact marginals, blind" of the others; sharpened ones
+    have the scale behind their name.
+    """
+    rows: list[dict[str, object]] = []
+    for (seen, scale), part in found.groupby(["seen", "sharpen"], sort=False):
+        name = "exact marginals" + ("" if seen else ", blind") + ("" if scale == 1 else f", sharpened {scale:g}")
+        counts = pd.crosstab(part["text"], part["accepted"]).reindex(columns=range(k + 1), fill_value=0).to_numpy()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            for metric, values, n, unit in _acceptance(_weights(len(counts)) @ counts, len(counts)):
+                value, low, high = _interval(values)
+                if np.isfinite(value):
+                    row = _row(stage, (name, "chain", k, k, "coupled"), temperature, metric, value, n, unit)
+                    rows.append({**row, "low": low, "high": high})
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 @torch.inference_mode()

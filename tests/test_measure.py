@@ -7,10 +7,11 @@ import torch
 import toys
 from datasets import Dataset
 
-from psnb import measure
+from psnb import decode, measure
 from psnb.cache import KVCache
 from psnb.decode import Settings
 from psnb.errors import UserError
+from psnb.verify import gumbel
 
 
 def prompts() -> Dataset:
@@ -179,6 +180,81 @@ def test_coupling_judges_slot_0_as_decoding_does():
     q = drafter.marginals(features[:, 5:6], ids[:, 6:7], 1, cache).softmax(-1)  # of x_7, given x_0 .. x_6
     p = target.logits(features[0, 6]).softmax(-1)
     assert found.rejection[5] == pytest.approx(torch.minimum(p, q[0]).sum().item())
+
+
+def enumerated(target, text: list[int], slots: int, temperature: float) -> torch.Tensor:
+    """Marginals [slots, V] of the tokens after `text`, every continuation weighed by its probability."""
+    p = (target.model(torch.tensor([text])).logits[0, -1] / temperature).softmax(-1)
+    if slots == 1:
+        return p[None]
+    after = [enumerated(target, [*text, token], slots - 1, temperature) for token in range(len(p))]
+    return torch.cat([p[None], (p[:, None, None] * torch.stack(after)).sum(0)])
+
+
+def test_slot_marginals_equal_full_enumeration():
+    target, known, samples = toys.target(torch.float64, vocab_size=13, eos_token_id=12), [3, 1, 4, 1, 5], 1500
+    wanted = enumerated(target, known, 3, 0.2)
+    cache = KVCache(target.layers, 7 + 2 * samples)
+    features = decode._forward(target, torch.tensor([*known, 9, 2]), cache)[0]  # two tokens more than are known
+    logits, sampling = target.logits(features[4:5]), {"samples": samples, "draw": torch.Generator().manual_seed(0)}
+    found = measure.slot_marginals(target, cache, 5, logits, 3, temperature=0.2, **sampling)
+    assert cache.length == 7
+    torch.testing.assert_close(found[0], wanted[0])
+    error = 4 * (0.25 / samples) ** 0.5  # four standard errors of a share, at most
+    assert (found - wanted).abs().max() < error
+    assert ((wanted[1:] - wanted[:-1]).abs().amax(-1) > error).all()  # or this would prove nothing
+
+
+def test_marginals_draft_what_enumeration_drafts():
+    """k = 2, seen and blind: exact marginals, the noise of the positions, and what plain decoding makes of it."""
+    target, prompt = toys.target(torch.float64, vocab_size=13, eos_token_id=12), [3, 1, 4, 1, 5]
+    target.eos_token_id = None
+    found = measure.marginals(target, [prompt], 2, temperature=0.4, samples=500, positions=8, seed=1)
+    plain = decode.autoregressive(target, prompt, Settings(temperature=0.4, max_new_tokens=25, seed=1)).tokens
+    text, wanted = prompt + plain, []
+    for seen in (True, False):
+        at = 6  # the prompt and the root
+        for _ in range(8):
+            noise = gumbel(1, torch.arange(at, at + 2), 13, torch.float64)
+            exact = enumerated(target, text[: at - (not seen)], 2 + (not seen), 0.4)[-2:]
+            right = [a == b for a, b in zip((exact.log() + noise).argmax(-1).tolist(), text[at:], strict=False)]
+            wanted.append((seen, at, right[0] + (right[0] and right[1])))
+            at += wanted[-1][-1] + 1
+    assert len({accepted for seen, _, accepted in wanted if not seen}) == 3  # all cases occur
+    assert list(found[["seen", "position", "accepted"]].itertuples(index=False, name=None)) == wanted
+
+
+def test_marginals_start_where_a_draft_would():
+    """At T = 0 nothing is lost, seen or blind; above, the first slot of one that sees the root has p itself."""
+    target, texts = toys.target(torch.float64), prompts()["input_ids"]
+    greedy = measure.marginals(target, texts, 3, temperature=0.0, samples=3, positions=4)
+    assert (greedy.accepted == 3).all() and set(greedy.seen) == {True, False}
+    found = measure.marginals(target, texts, 1, temperature=1.0, samples=8, positions=6, seed=5)
+    assert (found[found.seen].accepted == 1).all() and (found[~found.seen].accepted == 0).any()
+    first = found[found.seen & (found.text == 0)]
+    assert first.position.tolist() == list(range(6, 6 + 2 * len(first), 2)) and len(first) == 6  # the root is known
+
+
+def test_rows_of_marginals_equal_the_arithmetic():
+    found = pd.DataFrame(
+        [
+            (0, 6, True, 1.0, 2),
+            (0, 8, True, 1.0, 1),
+            (1, 6, True, 1.0, 0),
+            (0, 6, False, 1.0, 0),
+            (1, 6, False, 1.0, 1),
+        ],
+        columns=["text", "position", "seen", "sharpen", "accepted"],
+    )
+    table = measure.marginal_rows(found, 2, 0.7, "s")
+    assert list(table.columns) == measure.COLUMNS and set(table.stage) == {"s"} and (table.k == 2).all()
+    value = table.set_index(["method", "metric"]).value
+    assert value["exact marginals", "tokens_per_step"] == pytest.approx(1 + 3 / 3)
+    assert value["exact marginals", "accept_cond_0"] == pytest.approx(2 / 3)
+    assert value["exact marginals", "accept_cond_1"] == pytest.approx(1 / 2)
+    assert value["exact marginals, blind", "tokens_per_step"] == pytest.approx(1.5)
+    seen = table[(table.method == "exact marginals") & (table.metric == "tokens_per_step")].iloc[0]
+    assert seen.low == pytest.approx(1.0) and seen.high == pytest.approx(2.5) and seen.n == 2  # one text twice
 
 
 def test_tree_times_cover_the_sizes():
