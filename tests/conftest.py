@@ -14,6 +14,14 @@ os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFL
 os.environ["OMP_NUM_THREADS"] = "1"  # toy sizes: a second thread costs more than it gives
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """What looks at the run of profile `smoke` is done by one worker: it runs once."""
+    for item in items:
+        if "smoke" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("smoke"))
+
+
 def psnb(*arguments, cwd=ROOT, **more):
     """Runs the command line in a process of its own."""
     words = [sys.executable, "-m", "psnb", *map(str, arguments)]
