@@ -28,7 +28,7 @@ reproduce: $(INSTALLED) ## run the study (PROFILE=embedded) and say where its re
 	@$(BIN)/psnb run --profile $(PROFILE)
 
 test: lint ## lint, then every test
-	@$(OFFLINE) $(BIN)/python -m pytest -n 2
+	@$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(INSTALLED) ## ruff, and notebooks without outputs
 	@$(BIN)/ruff check .

@@ -242,8 +242,12 @@ def run(
         _forget(study, only)
     try:
         began = time.monotonic()
-        executed = [path.stem for path in chosen if execute(study, path, given.get(path.stem, {}), name)]
-        study.manifest.update(**study.facts(), executed=executed, seconds=round(time.monotonic() - began, 1))
+        executed = []
+        for path in chosen:
+            if execute(study, path, given.get(path.stem, {}), name):
+                executed.append(path.stem)
+            seconds = round(time.monotonic() - began, 1)
+            study.manifest.update(**study.facts(), executed=executed, seconds=seconds)  # the last notebook reads them
         if only is None and (executed or not (study.results / "report.html").is_file()):
             report(study)
         elif only is None:

@@ -1,4 +1,4 @@
-"""Shared fixtures: a toy project for the machinery, and one real run of profile `smoke` for everything it makes."""
+"""Shared by the tests: the command line, and a toy project for the machinery."""
 
 import json
 import os
@@ -12,14 +12,6 @@ ROOT = Path(__file__).parents[1]
 
 os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="true")
 os.environ["OMP_NUM_THREADS"] = "1"  # toy sizes: a second thread costs more than it gives
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    """What looks at the run of profile `smoke` is done by one worker: it runs once."""
-    for item in items:
-        if "smoke" in item.fixturenames:
-            item.add_marker(pytest.mark.xdist_group("smoke"))
 
 
 def psnb(*arguments, cwd=ROOT, **more):
@@ -72,13 +64,3 @@ def toy(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def smoke(tmp_path_factory):
-    """The folder in which `psnb run --profile smoke` ran once, from scratch; its output stands in `log.txt`."""
-    folder = tmp_path_factory.mktemp("smoke")
-    done = psnb("run", "--profile", "smoke", "--output", folder)
-    (folder / "log.txt").write_text(done.stdout + done.stderr)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return folder

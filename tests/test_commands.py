@@ -304,45 +304,6 @@ def test_ci_runs_make_test():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-# --- a real run -----------------------------------------------------------------------------------------------------
-
-
-def test_smoke_runs_everything_from_scratch(smoke):
-    results, figures = smoke / "results" / "smoke", smoke / "figures" / "smoke"
-    found = RunManifest(results / "manifest.json").read()
-    assert found["status"] == "complete"
-    assert found["machine"]["versions"]["torch"]
-    assert found["prompts_sha256"]["got"]
-    assert set(found["checkpoints"]) == {"target", "eagle", "medusa", "medusa-ps", "eagle-ps"}
-    assert found["data"]["corpus"]["documents"]["train"] > 50
-    names = [path.name for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
-    assert [path.name for path in sorted((results / "notebooks").glob("*.ipynb"))] == names
-    assert set(found["stages"]) >= {name[:-6] for name in names}
-    for path in results.rglob("*"):
-        if path.suffix in (".ipynb", ".csv", ".json", ".html") and ".cache" not in path.parts:
-            assert str(smoke) not in path.read_text(), path
-    assert len(list(figures.glob("*.png"))) == len(list(figures.glob("*.svg"))) > 3
-
-
-def test_smoke_again_reuses_everything(smoke):
-    began = time.monotonic()
-    done = psnb("run", "--profile", "smoke", "--output", smoke)
-    assert done.returncode == 0, done.stderr
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
-        assert f"{path.stem}: reused" in done.stdout
-    assert "report: reused" in done.stdout
-    assert time.monotonic() - began < 30
-
-
-def test_smoke_only(smoke):
-    done = psnb("run", "--profile", "smoke", "--output", smoke, "--only", "eagle-ps")
-    assert done.returncode == 0, done.stderr
-    assert "eagle-ps: reused" in done.stdout
-    assert psnb("run", "--profile", "smoke", "--output", smoke, "--only", "report").returncode == 0
-    listed = psnb("list", "--profile", "smoke", "--output", smoke).stdout
-    assert {line.split()[1] for line in listed.splitlines()[1:]} == {"yes"}, listed
-
-
 def test_errors_inside_are_user_errors(toy):
     with pytest.raises(UserError, match="unknown stage"):
         runner.run("toy.toml", only="x")

@@ -96,35 +96,3 @@ def test_prose_quotes_no_measured_number(book):
         if cell.cell_type == "markdown":
             numbers = set(re.findall(r"\d+\.\d+", re.sub(r"`[^`]*`", "", cell.source)))
             assert numbers <= {"0.7", "1.00", "2410.05589"}, numbers
-
-
-def test_every_executed_copy_is_whole(smoke):
-    """All ran in profile smoke: in order, without an error, with pictures where the source saves one."""
-    for path in PATHS:
-        source, done = (nbformat.read(p, as_version=4) for p in (path, smoke / "results/smoke/notebooks" / path.name))
-        outputs = [output for cell in code(done) for output in cell.outputs]
-        assert not [output for output in outputs if output.output_type == "error"]
-        assert not [output.text for output in outputs if output.get("name") == "stderr"]
-        pictures = sum(cell.source.count("plots.save(") for cell in code(source))
-        assert sum("image/png" in output.get("data", {}) for output in outputs) == pictures
-        for cell in code(source):
-            for name in re.findall(r'study\.figures, "(\w+)"', cell.source):
-                assert {".png", ".svg"} == {p.suffix for p in (smoke / "figures/smoke").glob(f"{name}.*")}
-
-
-def test_the_report_page_of_smoke(smoke):
-    page = smoke / "results/smoke/report.html"
-    text = page.read_text()
-    assert page.stat().st_size < 10_000_000 and "<script" not in text
-    assert not re.search(r'(src|href)="(?!data:|#|https://)', text) and not re.search(r'src="http', text)
-    assert "Claims of the paper" in text and text.count("<section>") == len(PATHS)
-
-
-def test_last_notebook_runs_alone_from_its_own_folder(smoke, tmp_path, monkeypatch):
-    """As in JupyterLab: the working directory is notebooks/, nothing is passed but where the results lie."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    papermill.execute_notebook(
-        PATHS[-1], tmp_path / "out.ipynb", {"profile": "smoke", "output": str(smoke)}, cwd=ROOT / "notebooks",
-        kernel_name="python3", progress_bar=False,
-    )  # fmt: skip
-    assert "Claims" in (tmp_path / "out.ipynb").read_text()
