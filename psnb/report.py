@@ -295,8 +295,8 @@ def split(summary: pd.DataFrame, method: str, other: str, temperature: float = M
     shapes = at.drop_duplicates("method").set_index("method")[["k", "tree", "nodes"]]
     names = {m: m if m == "plain" else f"{m} ({shape_name(*shapes.loc[m])})" for m in times}
     costs = [" + ".join(f"{times[m][p]:.2f} {p}" for p in parts if times[m][p] >= 0.005) for m in times]
-    split = any(times[m]["draft"] for m in times)  # not where a round is one graph
-    first, second = (f" ({cost})" if split else "" for cost in costs)
+    apart = any(times[m]["draft"] for m in times)  # not where a round is one graph
+    first, second = (f" ({cost})" if apart else "" for cost in costs)
     return (
         f"{names[method]} runs at {speed:.2f}x the speed of {names[other]} at T = {temperature:g}: a round yields "
         f"{tokens[method]:.2f} tokens against {tokens[other]:.2f} and costs {rounds[method]:.2f} ms{first} "

@@ -52,7 +52,7 @@ def test_a_batch_equals_decoding_one_by_one(kind, rule):
     for (tree, k, nodes), every, lag in zip(trees(drafter), (8, 3, 1, 3), (0, 0, 1, 1), strict=False):
         if rule == "block" and tree != "chain":
             continue
-        settings = Settings(k=k, tree=tree, nodes=nodes, temperature=temperature, rule=rule, max_new_tokens=21)
+        settings = Settings(k=k, tree=tree, nodes=nodes, temperature=temperature, rule=rule, max_new_tokens=29)
         engine = Engine(target, drafter, settings, batch=3, every=every, buckets=range(40, 120, 16))
         engine.lag = lag  # as with graphs
         assert_same(engine.generate(PROMPTS, range(4)), target, drafter, PROMPTS, settings, range(4))
