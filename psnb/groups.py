@@ -20,6 +20,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ATTENTION = "psnb_groups"  # the name under which transformers' layers find `attend`
 DENSE_UP_TO = 1024  # tokens up to which a causal mask is written out
+# Of flex attention's forward pass, heads of up to 64. With its own choice a group mask took 3.3 ms on an H100 (16 rows
+# of 2,048 tokens, 12 heads) in place of 1.2, a causal one 1.05 in place of 0.36.
+TILES = {"fwd_BLOCK_M": 64, "fwd_BLOCK_N": 64, "fwd_num_warps": 4, "fwd_num_stages": 3}
 CHUNK = 2**21  # attention scores held at once on a CPU (measured: 2^20 to 2^22 are fastest)
 
 
@@ -150,13 +153,13 @@ def block_table(depth: Tensor, anchor: Tensor, document: Tensor, size: int) -> t
 
 def block_mask(depth: Tensor, anchor: Tensor, document: Tensor, size: int = 128) -> BlockMask:
     """The group mask as flex attention takes it: depth, anchor [R], document [B, n]."""
-    n, many = document.shape[1], len(depth) + 1  # `sees` reads one table of the keys, three of the rows
+    n, many = document.shape[1], 2**10  # more than a group has masks, so that a code names one row
     first = (torch.arange(n, device=anchor.device) - positions(document))[:, anchor]  # where the row's document begins
-    own = anchor * many
-    code = own + depth  # of its own group a row sees the masks up to itself: codes above `own`, up to its own
+    # Of its own group a row sees the masks up to itself: codes above `own`, up to its own. In 64 bits the kernel spills.
+    upto, first, own, code = (x.int() for x in (anchor, first, anchor * many, anchor * many + depth))
 
     def sees(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
-        context = (key < n) & (key <= anchor[row]) & (key >= first[b, row])
+        context = (key < n) & (key <= upto[row]) & (key >= first[b, row])
         return context | ((code[key] > own[row]) & (code[key] <= code[row]))
 
     some, full = block_table(depth, anchor, document, size)
@@ -213,7 +216,8 @@ def _compiled_flex() -> Callable[..., Tensor]:
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, block: BlockMask, scale: float) -> Tensor:
     flex = flex_attention if torch.compiler.is_compiling() or not query.is_cuda else _compiled_flex()
-    return flex(query, key, value, block_mask=block, scale=scale, enable_gqa=True)
+    tiles: Any = TILES if query.is_cuda and query.shape[-1] <= 64 else None
+    return flex(query, key, value, block_mask=block, scale=scale, enable_gqa=True, kernel_options=tiles)
 
 
 def _chunked(query: Tensor, key: Tensor, value: Tensor, rows: Rows, scale: float) -> Tensor:
