@@ -60,6 +60,29 @@ def rate(step: int, spec: FitSpec) -> float:
     return spec.final_share + (1 - spec.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
+def optimizers(module: nn.Module, spec: FitSpec, device: torch.device) -> list[torch.optim.Optimizer]:
+    """AdamW for all weights, or with `optimizer` = "muon" for all but the matrices of decoder layers, which get Muon.
+
+    Muon's steps are scaled to the size of AdamW's, so one rate serves both (arXiv 2502.16982, section 2.2). Matrices
+    decay, vectors do not.
+    """
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    inner = [p for name, p in named if spec.optimizer == "muon" and "layers." in name and p.ndim == 2]
+    held = {id(p) for p in inner}
+    rest = [p for _, p in named if id(p) not in held]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": spec.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    made: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
+    ]
+    if inner:
+        scaled = {"weight_decay": spec.weight_decay, "adjust_lr_fn": "match_rms_adamw"}
+        made.append(torch.optim.Muon(inner, lr=spec.learning_rate, **scaled))
+    return made
+
+
 def compiled(function: Callable[..., Any], spec: FitSpec, device: torch.device) -> Callable[..., Any]:
     """`function` under torch.compile where the budget asks for it and there is a GPU; else as it is."""
     return torch.compile(function, dynamic=False) if spec.compile and device.type == "cuda" else function
@@ -193,11 +216,7 @@ def fit(
         )
     module.to(device).train()
     weights = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=spec.learning_rate, betas=(0.9, 0.95), fused=device.type == "cuda")
+    steppers = optimizers(module, spec, device)
 
     saved: Saved | None = None
     lines: list[Row] = []
@@ -212,7 +231,8 @@ def fit(
             saved.start(lines)
         if found:
             module.load_state_dict(found["module"])
-            optimizer.load_state_dict(found["optimizer"])
+            for stepper, held in zip(steppers, found["optimizers"], strict=True):
+                stepper.load_state_dict(held)
             begin, tokens, seconds = found["step"], found["tokens"], found["seconds"]
             sums = found["sums"] if main else {name: torch.zeros_like(pair) for name, pair in found["sums"].items()}
             if main:
@@ -246,7 +266,7 @@ def fit(
             yield {name: tensor.chunk(parts)[part] for name, tensor in batch.items()}
 
     for step, batch in enumerate(batches(rows, spec.rows, spec.steps, seed, begin), start=begin + 1):
-        for group in optimizer.param_groups:
+        for group in (group for stepper in steppers for group in stepper.param_groups):
             group["lr"] = spec.learning_rate * rate(step - 1, spec)
         try:
             counts = count(batch, step)
@@ -260,7 +280,8 @@ def fit(
                 sums[names] = sums[names] + pairs if names in sums else pairs
             reduce_gradients(accelerator, weights)
             accelerator.clip_grad_norm_(weights, spec.clip)
-            optimizer.step()
+            for stepper in steppers:
+                stepper.step()
         except RuntimeError as error:
             if not _memory(error):
                 raise
@@ -269,7 +290,7 @@ def fit(
                 f"out of memory at training step {step}: set train.accumulate to {2 * spec.accumulate} (slower, the "
                 "same result), or lower train.rows, data.length, or a drafter's keep or layers" + kept
             ) from error
-        optimizer.zero_grad(set_to_none=True)
+        module.zero_grad(set_to_none=True)
         tokens += next(iter(batch.values())).numel()
         last = step == spec.steps
         if step % spec.log_every == 0 or last:
@@ -289,7 +310,8 @@ def fit(
             if sums:
                 collect(step)
             if main:
-                state_now = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "sums": sums}
+                held = [stepper.state_dict() for stepper in steppers]
+                state_now = {"module": module.state_dict(), "optimizers": held, "sums": sums}
                 saved.save({**state_now, "step": step, "tokens": tokens, "seconds": time.perf_counter() - started})
             begin = step
     accelerator.wait_for_everyone()

@@ -22,6 +22,7 @@ class FitSpec:
     steps: int
     rows: int = 32
     accumulate: int = 1  # parts that a step's rows are run in, one after the other: less memory, the same result
+    optimizer: str = "adamw"  # or "muon": torch.optim.Muon for the matrices of decoder layers, AdamW for the rest
     learning_rate: float = 1e-3
     warmup: int = 100  # steps of linear warm-up; the rate then decays to `final_share` by a half cosine
     final_share: float = 0.02
@@ -102,6 +103,7 @@ class DrafterSpec:
 
 
 CHOICES = {"mask_mode": ("distinct", "shared"), "attention": ("structured", "dense"), "labels": ("soft", "hard")}
+OPTIMIZERS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,10 @@ def _check(profile: Profile) -> None:
             else len(profile.drafters)
         ):
             raise UserError(f"{where}: warm_start {spec.warm_start!r} must be a drafter listed before it")
+    for name, budget in {"target": profile.target.train, **{n: d.train for n, d in profile.drafters.items()}}.items():
+        if budget and budget.optimizer not in OPTIMIZERS:
+            where, known = f"profile {profile.name}: the training of {name}", nearest(budget.optimizer, OPTIMIZERS)
+            raise UserError(f"{where}: optimizer {budget.optimizer!r}; {known}")
     if profile.data.responses not in ("corpus", "target"):
         known = nearest(profile.data.responses, ["corpus", "target"])
         raise UserError(f"profile {profile.name}.data: responses {profile.data.responses!r}; {known}")

@@ -120,6 +120,36 @@ def test_a_run_stopped_anywhere_ends_with_the_same_bytes(whole, tmp_path):
     same(tmp_path / "7", whole)
 
 
+def test_muon_turns_the_layers_matrices_by_their_polar_factor():
+    """Against the singular value decomposition: one step moves W by 0.2 sqrt(max(m, n)) of about U V^T."""
+    spec = FitSpec(steps=1, optimizer="muon", learning_rate=0.03, weight_decay=0.1)
+    drafter = drafters.build(DrafterSpec("eagle-ps", k=toys.K), toys.target(torch.float64)).double()
+    before = {name: weight.detach().clone() for name, weight in drafter.named_parameters()}
+    for weight in drafter.parameters():
+        weight.grad = torch.randn_like(weight)
+    for stepper in (steppers := fit.optimizers(drafter, spec, CPU)):
+        stepper.step()
+    assert len(steppers) == 2
+    for name, weight in drafter.named_parameters():
+        moved = (before[name] * (1 - 0.03 * (0.1 if weight.ndim > 1 else 0.0)) - weight.detach()) / 0.03
+        if weight.ndim == 2 and ".layers." in name:
+            u, _, v = torch.linalg.svd(weight.grad, full_matrices=False)
+            turned = u.T @ moved @ v.T / (0.2 * max(weight.shape) ** 0.5)
+            sizes = turned.diagonal()
+            assert sizes.min() > 0.5 and sizes.max() < 1.3, name
+            torch.testing.assert_close(turned, sizes.diag(), rtol=0, atol=0.05)  # it is orthogonalised in bfloat16
+        else:  # AdamW's first step is the gradient's sign
+            torch.testing.assert_close(moved, weight.grad.sign(), rtol=0, atol=1e-4)
+
+
+def test_muon_goes_on_exactly(tmp_path):
+    run(tmp_path / "whole", optimizer="muon")
+    with pytest.raises(KeyboardInterrupt), stopping(5):
+        run(tmp_path / "stopped", optimizer="muon")
+    run(tmp_path / "stopped", optimizer="muon")
+    same(tmp_path / "stopped", tmp_path / "whole")
+
+
 def test_rows_of_a_half_written_line_are_cut(tmp_path):
     with pytest.raises(KeyboardInterrupt), stopping(5):
         run(tmp_path)

@@ -45,6 +45,7 @@ def test_names():
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nmask_mode = "share"', "did you mean shared"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nwarm_start = "y"', "must be a drafter listed before"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nwarm_start = "x"', "must be a drafter listed before"),
+        ('title = "a"\n[target.train]\nsteps = 1\noptimizer = "moun"', "training of target: .*did you mean muon"),
         ('title = "a"\ndtype = "float16"', "float32, float64 or bfloat16"),
     ],
 )
