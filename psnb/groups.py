@@ -155,7 +155,7 @@ def block_mask(depth: Tensor, anchor: Tensor, document: Tensor, size: int = 128)
     """The group mask as flex attention takes it: depth, anchor [R], document [B, n]."""
     n, many = document.shape[1], 2**10  # more than a group has masks, so that a code names one row
     first = (torch.arange(n, device=anchor.device) - positions(document))[:, anchor]  # where the row's document begins
-    # Of its own group a row sees the masks up to itself: codes above `own`, up to its own. In 64 bits the kernel spills.
+    # Of its own group a row sees the masks up to itself: codes above `own`, up to its own. In 64 bits it is slower.
     upto, first, own, code = (x.int() for x in (anchor, first, anchor * many, anchor * many + depth))
 
     def sees(b: Tensor, h: Tensor, row: Tensor, key: Tensor) -> Tensor:
