@@ -195,7 +195,8 @@ class Engine:
         self.trace: Tensor | None = None
         self.capture_seconds = 0.0
         self._drop_graphs()
-        self._compiled, self._joined, self._gumbel = {}, [], gumbel
+        self._compiled: dict[tuple[nn.Module, str], Callable[..., Any]] = {}  # what stands for a module's function
+        self._joined: list[tuple[nn.Module, str, nn.Module]] = []
         self._fast: dict[str, Callable[..., Any]] = {}  # of functions: a method would hold the engine
         if compile_layers:
             self._compile_parts()
@@ -207,12 +208,15 @@ class Engine:
             self._joined += joined.parts(body)
             single = self.drafter is None or (body is self.body and not self.drafter.one_pass)  # passes of one row
             for index, layer in enumerate(getattr(body, "layers", ())):
-                self._compiled[layer] = _compiled(cache, index, layer, single)
+                self._compiled[layer, "forward"] = _compiled(cache, index, layer, single)
             rest = [part for part in body.children() if not isinstance(part, nn.ModuleList | nn.Embedding)]
-            self._compiled |= {part: _compile(part.forward) for part in rest}
+            self._compiled |= {(part, "forward"): _compile(part.forward) for part in rest}
             cache.lay_out = _compile(StaticCache._lay_out)
-        self._gumbel = _compile(gumbel)
-        self._fast = {name: _compile(getattr(Engine, name)) for name in ("_plant", "_propose", "_walk", "_advance")}
+        if self.drafter is not None:
+            of = self.drafter
+            self._compiled |= {(of, name): _compile(getattr(of, name)) for name in of.glue}
+        names = ("_begin", "_plant", "_propose", "_feed", "_walk", "_advance")
+        self._fast = {name: _compile(getattr(Engine, name)) for name in names}
 
     def _do(self, name: str, *given: Any) -> Any:
         """A method by its name, compiled where it is."""
@@ -237,15 +241,19 @@ class Engine:
     def _draft(self) -> Tree | None:
         if self.drafter is None:
             return None
+        length, self.noise = self._do("_begin")
         if self.own is not None:
-            self.own.length = (self.held - self.valid).clamp(min=0)
-        self.noise = self._noise()
+            self.own.length = length
         self.sampler.noise = _Given(self.sampler.noise.dtype, self.noise)
         given = self.features, self.following
         if self.drafter.one_pass:
             return self._do("_plant", self.drafter.marginals(*given, self.plan.k, self.own, self.valid))
         propose = functools.partial(self._do, "_propose")
         return self.drafter.draft(*given, self.plan, propose, self.own, self.valid)
+
+    def _begin(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """How many rows the drafter has been shown [B], and the noise of the round."""
+        return (self.held - self.valid).clamp(min=0), self._noise()
 
     def _propose(self, logits: Tensor, slots: slice) -> Candidates:
         return self.sampler.propose(self.plan)(logits, slots)
@@ -263,16 +271,16 @@ class Engine:
         if plan is None or of.rule == "coupled":
             count = self.depth + 1
             at = (start[:, None] + torch.arange(count, device=start.device)).flatten()
-            rows = self._gumbel(self.seeds.repeat_interleave(count), at, vocab, dtype)
+            rows = gumbel(self.seeds.repeat_interleave(count), at, vocab, dtype)
             return {"rows": rows.view(batch, count, vocab)}
-        made["emit"] = self._gumbel(self.seeds, start, vocab, dtype, EMIT)
-        made["drafts"] = self._gumbel(self.seeds, start, plan.k * vocab, dtype, DRAFT).view(batch, plan.k, vocab)
+        made["emit"] = gumbel(self.seeds, start, vocab, dtype, EMIT)
+        made["drafts"] = gumbel(self.seeds, start, plan.k * vocab, dtype, DRAFT).view(batch, plan.k, vocab)
         draws = uniform(self.seeds, start, plan.k * plan.siblings, ACCEPT)
         made["accepts"] = draws.view(batch, plan.k, plan.siblings)
         return made
 
-    def _verify(self, tree: Tree | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The target's forward over the root and the tree: tokens fed [B, N + 1], features, logits."""
+    def _feed(self, tree: Tree | None) -> tuple[Tensor, Tensor, Any]:
+        """What the target is fed, the root and the tree [B, N + 1], the position ids, and the mask."""
         fed = last(self.following[..., None], self.valid)[..., 0]
         seen, ahead = None, 0
         if tree is not None:
@@ -280,7 +288,11 @@ class Engine:
             if self.plan.kind != "chain":
                 seen, ahead = tree.shape.mask, torch.nn.functional.pad(tree.shape.depth, (1, 0))
         self.cache.length = self.held
-        place, mask = self.cache.layout(fed.shape[1], fed.device, seen, ahead)
+        return fed, *self.cache.layout(fed.shape[1], fed.device, seen, ahead)
+
+    def _verify(self, tree: Tree | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The target's forward over the root and the tree: tokens fed [B, N + 1], features, logits."""
+        fed, place, mask = self._do("_feed", tree)
         features = self.target.features(fed, place, mask, self.cache, self.taps)
         return fed, features, self.target.logits(features)
 
@@ -361,14 +373,14 @@ class Engine:
             try:
                 for config in configs:
                     config._attn_implementation = name
-                for layer, forward in self._compiled.items():
-                    layer.forward = forward
+                for (module, name), function in self._compiled.items():
+                    setattr(module, name, function)
                 yield
             finally:
                 for config, before in zip(configs, own, strict=True):
                     config._attn_implementation = before
-                for layer in self._compiled:
-                    layer.__dict__.pop("forward", None)
+                for module, name in self._compiled:
+                    module.__dict__.pop(name, None)
 
     def _graphed(self, work: Callable[[], None]) -> Callable[[], None]:
         """`work` as a CUDA graph; the state is as before, but for what `work` writes to tensors of its own."""

@@ -19,6 +19,14 @@ Mask = Tensor | groups.Rows
 Choose = Callable[..., Candidates]  # (logits [r, V] of slots first, first + 1, ... or all of one slot) -> candidates
 
 
+def last(rows: Tensor, valid: Tensor | None, count: int = 1, beyond: int = 0) -> Tensor:
+    """The last `count` of the first `valid` [B] + `beyond` rows (None: of all): rows [B, m, H] -> [B, count, H]."""
+    if valid is None:
+        return rows[:, -count:]
+    at = valid[:, None] + torch.arange(beyond - count, beyond, device=rows.device)
+    return rows.take_along_dim(at[..., None], 1)
+
+
 class Drafter(nn.Module):
     """A drafter q. It borrows the target's embedding and `lm_head` (frozen, not copied, not saved).
 
@@ -29,6 +37,9 @@ class Drafter(nn.Module):
     one_pass = True  # all slots from one forward, so `marginals` exists
     frozen_head = True  # `logits` is the target's own projection
     first_slot = 0  # slot of the real row; -1 where it drafts nothing
+    glue: tuple[str, ...] = ("last",)  # functions of a draft, beside the layers, that an engine may compile
+
+    last = staticmethod(last)
 
     def __init__(self, spec: DrafterSpec, target: Target) -> None:
         super().__init__()
@@ -75,14 +86,6 @@ class Drafter(nn.Module):
         the tree's tensors have a leading B, but for what is the same in all trees.
         """
         return plan(choose(self.marginals(features, next_ids, plan.k, cache, valid), slice(0, plan.k)))
-
-
-def last(rows: Tensor, valid: Tensor | None, count: int = 1) -> Tensor:
-    """The last `count` of the first `valid` [B] rows (None: of all): rows [B, m, H] -> [B, count, H]."""
-    if valid is None:
-        return rows[:, -count:]
-    at = valid[:, None] + torch.arange(-count, 0, device=rows.device)
-    return rows.take_along_dim(at[..., None], 1)
 
 
 class Layers(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Choose, Drafter, Layers, Mask, last, start_norm
+from psnb.drafters.base import Choose, Drafter, Layers, Mask, start_norm
 from psnb.profile import DrafterSpec
 from psnb.target import Target
 from psnb.tree import Plan, Shape, Tree, ancestry
@@ -20,6 +20,7 @@ class Eagle(Drafter):
     """
 
     one_pass = False
+    glue = ("last", "fuse", "branch", "prune")
 
     def __init__(self, spec: DrafterSpec, target: Target) -> None:
         super().__init__(spec, target)
@@ -45,7 +46,7 @@ class Eagle(Drafter):
     ) -> Tree:
         """k passes, each over the nodes that the level above left to be expanded (one, in a chain)."""
         real = cache.length + (features.shape[1] if valid is None else valid)
-        hidden = last(self.body.extend(self.fuse(features, next_ids), cache), valid)
+        hidden = self.last(self.body.extend(self.fuse(features, next_ids), cache), valid)
         cache.crop(real)
         grow = self._grow if plan.kind == "dynamic" else self._fill
         made = grow(hidden[0] if valid is None else hidden, plan, choose, cache)
@@ -82,31 +83,62 @@ class Eagle(Drafter):
         seen = torch.zeros(*lead, 1, 0, dtype=torch.bool, device=device)
         total = beam * (1 + (plan.k - 1) * beam)
         expanded = torch.full((*lead, 1), total, device=device)  # where this level's rows stand among all nodes
-        tokens, scores, parents, ranks, depths, before = [], [], [], [], [], 0
+        levels, before = [], 0
         for level in range(1, plan.k + 1):
             found = choose(self.logits(hidden, level - 1), slice(level - 1, level))
-            rows = found.tokens.shape[-2]
-            path = (worth[..., None] + found.scores[..., :beam]).flatten(-2)
-            row = torch.arange(rows, device=device).repeat_interleave(beam)
-            tokens.append(found.tokens[..., :beam].flatten(-2))
-            scores.append(path)
-            parents.append(expanded[..., row])
-            ranks.append(torch.arange(beam, device=device).repeat(rows))
-            depths.append(torch.full_like(row, level))
+            tokens, scores = found.tokens[..., :beam], found.scores[..., :beam]
+            state = worth, expanded, seen, hidden
+            nodes, (worth, expanded, seen, hidden), fed = self.branch(tokens, scores, *state, before, level < plan.k)
+            levels.append(nodes)
             if level < plan.k:
-                best = path.argsort(descending=True, stable=True)[..., :beam]
-                worth, of, expanded = path.gather(-1, best), row[best], best + before
-                itself = torch.eye(beam, dtype=torch.bool, device=device)
-                seen = torch.cat([_rows(seen, of), itself.expand(*lead, -1, -1)], -1)
-                fed = tokens[-1].gather(-1, best)
-                hidden = _level(self, _rows(hidden, of), fed, cache, seen, level - 1)
-            before += path.shape[-1]
-        order = torch.cat(scores, -1).argsort(descending=True, stable=True)[..., : plan.nodes]
-        numbers = torch.arange(1, plan.nodes + 1, device=device).expand_as(order)
-        row = torch.zeros(*lead, total + 1, dtype=torch.long, device=device).scatter_(-1, order, numbers)
-        parent = row.gather(-1, torch.cat(parents, -1).gather(-1, order))  # the last row: the root's, 0
-        shape = Shape(parent, torch.cat(depths)[order], torch.cat(ranks)[order], ancestry(parent, plan.k))
-        return Tree(torch.cat(tokens, -1).gather(-1, order), shape, None, parent)
+                hidden = _level(self, hidden, fed, cache, seen, level - 1)
+            before += tokens.shape[-2] * beam
+        return self.prune(levels, plan.nodes, plan.k)
+
+    @staticmethod
+    def branch(
+        tokens: Tensor,
+        scores: Tensor,
+        worth: Tensor,
+        expanded: Tensor,
+        seen: Tensor,
+        hidden: Tensor,
+        before: int,
+        more: bool,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The `beam` children of each of a level's rows, and the best of them, which are the next level's rows.
+
+        tokens, scores [(B,) r, beam]; of the rows: worth of their paths [(B,) r], numbers among all nodes `expanded`,
+        what they see of the levels `seen` [(B,) r, s], hidden [(B,) r, H]; before: nodes of former levels.
+        Returns the children's tokens, path scores and parents' numbers [(B,) r * beam]; the same four of the best
+        `beam` of them; and these ones' tokens. Unless `more` are to come, the last two are not of use.
+        """
+        rows, beam = tokens.shape[-2:]
+        row = torch.arange(rows, device=tokens.device).repeat_interleave(beam)
+        path, tokens = (worth[..., None] + scores).flatten(-2), tokens.flatten(-2)
+        nodes = tokens, path, expanded[..., row]
+        if not more:
+            return nodes, (worth, expanded, seen, hidden), tokens
+        best = path.argsort(descending=True, stable=True)[..., :beam]
+        of = row[best]
+        itself = torch.eye(beam, dtype=torch.bool, device=tokens.device).expand(*of.shape[:-1], -1, -1)
+        state = path.gather(-1, best), best + before, torch.cat([_rows(seen, of), itself], -1), _rows(hidden, of)
+        return nodes, state, tokens.gather(-1, best)
+
+    @staticmethod
+    def prune(levels: list[tuple[Tensor, Tensor, Tensor]], count: int, k: int) -> Tree:
+        """The tree of the best `count` nodes of all levels, each given as `branch` gives it."""
+        tokens, scores, parents = (torch.cat(parts, -1) for parts in zip(*levels, strict=True))
+        device, total = tokens.device, tokens.shape[-1]
+        beam = levels[0][0].shape[-1]
+        number = torch.arange(total, device=device)
+        depth, rank = 1 + (number + beam * (beam - 1)) // beam**2, number % beam  # beam of level 1, then beam^2 each
+        order = scores.argsort(descending=True, stable=True)[..., :count]
+        numbers = torch.arange(1, count + 1, device=device).expand_as(order)
+        row = torch.zeros(*order.shape[:-1], total + 1, dtype=torch.long, device=device).scatter_(-1, order, numbers)
+        parent = row.gather(-1, parents.gather(-1, order))  # the last row: the root's, 0
+        shape = Shape(parent, depth[order], rank[order], ancestry(parent, k))
+        return Tree(tokens.gather(-1, order), shape, None, parent)
 
 
 def _level(of: Eagle, hidden: Tensor, fed: Tensor, cache: Any, seen: Tensor | None, ahead: int) -> Tensor:

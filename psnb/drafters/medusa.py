@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psnb.drafters.base import Drafter, Mask, last
+from psnb.drafters.base import Drafter, Mask
 from psnb.profile import DrafterSpec
 from psnb.target import Target
 
@@ -39,5 +39,5 @@ class Medusa(Drafter):
         return self.project[slot](hidden + F.silu(self.residual[slot](hidden)))
 
     def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None) -> Tensor:
-        row = features[0, -1:] if valid is None else last(features, valid)
+        row = features[0, -1:] if valid is None else self.last(features, valid)
         return torch.cat([self.logits(row, slot) for slot in range(k)], -2)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Drafter, Layers, Mask, last, start_norm
+from psnb.drafters.base import Drafter, Layers, Mask, start_norm
 from psnb.drafters.eagle import Eagle
 from psnb.profile import DrafterSpec
 from psnb.target import Target
@@ -17,6 +17,7 @@ class Parallel(Drafter):
     """The one-pass part that both variants share: real rows, then masks, causally, in a single forward."""
 
     body: Layers
+    glue = ("last", "arrange")
 
     def real(self, features: Tensor, next_ids: Tensor) -> Tensor:
         """Inputs of the real rows: features [B, m, (1 + taps) * H], next_ids [B, m] -> [B, m, H]."""
@@ -42,23 +43,27 @@ class Parallel(Drafter):
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
         self.body.extend(self.real(features, next_ids), cache)
 
-    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None) -> Tensor:
-        (batch, m, _), masks, held = features.shape, k - 1 - self.first_slot, cache.length
-        masked = self.mask_inputs()[None, :masks]
+    def arrange(self, features: Tensor, next_ids: Tensor, masks: int, valid: Tensor | None) -> Tensor:
+        """Inputs of a draft: those of real rows (features [B, m, H], next_ids [B, m]), then masks: [B, m + masks, H].
+
+        With `valid` [B] the masks follow the last valid row; what does not count comes after them, where nothing sees
+        it. m = 3, valid 2, masks 2: rows 0 1 3 4 2.
+        """
+        batch, m = next_ids.shape
+        inputs = torch.cat([self.real(features, next_ids), self.mask_inputs()[:masks].expand(batch, -1, -1)], 1)
         if valid is None:
-            inputs = torch.cat([self.real(features, next_ids), masked], 1)
-            hidden = self.body.extend(inputs, cache)[0, -k:]
-            cache.crop(held + m)
-            return self.logits(hidden, 0)
-        # The masks follow the last valid row; what does not count comes after them, where nothing sees it.
-        # m = 3, valid 2, masks 2: rows 0 1 3 4 2
-        inputs = torch.cat([self.real(features, next_ids), masked.expand(batch, -1, -1)], 1)
+            return inputs
         row = torch.arange(m + masks, device=inputs.device)
         late = row - valid[:, None]
         order = torch.where(late < 0, row, torch.where(late < masks, late + m, row - masks))
-        hidden = self.body.extend(inputs.take_along_dim(order[..., None], 1), cache)
-        cache.crop(held + valid)
-        return self.logits(last(hidden, valid + masks, k), 0)
+        return inputs.take_along_dim(order[..., None], 1)
+
+    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None) -> Tensor:
+        masks, held = k - 1 - self.first_slot, cache.length
+        hidden = self.body.extend(self.arrange(features, next_ids, masks, valid), cache)
+        cache.crop(held + (next_ids.shape[1] if valid is None else valid))
+        logits = self.logits(self.last(hidden, valid, k, masks), 0)
+        return logits[0] if valid is None else logits
 
 
 class EaglePS(Parallel):
