@@ -336,7 +336,8 @@ def against_k(summary: pd.DataFrame, model: pd.DataFrame | None = None, **where:
             for method, part in pick(model, tree="chain").groupby("method"):
                 colour = _style([method])[method][0]
                 ax.plot(part.k, part.predicted, color=colour, lw=4, alpha=0.3, label=f"{method}: model")
-        ax.legend(title="")
+        ax.legend().remove()
+    _legend_right(axes[0, -1])
     return figure
 
 

@@ -22,7 +22,7 @@ class FitSpec:
     steps: int
     rows: int = 32
     accumulate: int = 1  # parts that a step's rows are run in, one after the other: less memory, the same result
-    optimizer: str = "adamw"  # or "muon": torch.optim.Muon for the matrices of decoder layers, AdamW for the rest
+    optimizer: str = "adamw"  # or "muon" (on a GPU): torch.optim.Muon for matrices of decoder layers, else AdamW
     learning_rate: float = 1e-3
     warmup: int = 100  # steps of linear warm-up; the rate then decays to `final_share` by a half cosine
     final_share: float = 0.02

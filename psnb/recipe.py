@@ -56,10 +56,10 @@ class Variant:
     responses: str = "corpus"
 
     def spec(self, base: DrafterSpec, steps: int) -> DrafterSpec:
-        """The base with the changes and a budget of `steps`; `learning_rate` among the changes is the budget's."""
+        """The base with the changes and a budget of `steps`; `learning_rate` and `optimizer` are the budget's."""
         changes = dict(self.changes)
         budget = {"steps": steps, "evaluate_every": 0}
-        budget |= {"learning_rate": changes.pop("learning_rate")} if "learning_rate" in changes else {}
+        budget |= {name: changes.pop(name) for name in ("learning_rate", "optimizer") if name in changes}
         return dataclasses.replace(base, **changes, train=dataclasses.replace(base.train, **budget))
 
 
@@ -82,6 +82,7 @@ GRID = (
     Variant("curriculum 0.5", {"curriculum": 0.5}),
     Variant("target's text", {}, "target"),
     Variant("rate 3e-3", {"learning_rate": 3e-3}),
+    Variant("muon", {"optimizer": "muon"}),
 )
 
 

@@ -123,6 +123,7 @@ class Chained(Drafter):
 
     one_pass = False
     draft, _fill, _grow = drafters.Eagle.draft, drafters.Eagle._fill, drafters.Eagle._grow
+    branch, prune = staticmethod(drafters.Eagle.branch), staticmethod(drafters.Eagle.prune)
 
     def __init__(self, target, table):
         super().__init__(DrafterSpec(kind="eagle", k=3), target)
