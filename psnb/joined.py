@@ -30,7 +30,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., n], weight [m, n] -> [..., m]. Of one row, the compiler may not compute x as a part of the product.
 
     It makes a reduction of such a product, and would compute x, a norm or a gate, anew for every few outputs. On an
-    H100 that took 122 us in place of 92 for gate and up of Llama-2-13B (5,120 x 27,648), 60 in place of 52 for its
+    H100 that took 122 us in place of 96 for gate and up of Llama-2-13B (5,120 x 27,648), 60 in place of 54 for its
     query, key and value.
     """
     if x.numel() == x.shape[-1]:
