@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import itertools
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,9 @@ COLUMNS = (
     *("k", "metric", "value", "low", "high", "n"),
 )
 ROW = 2**20  # positions of noise that a row of text owns
-ROWS = 256  # rows that are judged: so far positions stay below 2^28, the noise's limit
+ROWS = 256  # texts that are judged, at most: so far positions stay below 2^28, the noise's limit
 NAME = "recipe.csv"
+BASE = "eagle-ps"  # the drafter that the grid varies
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,10 @@ GRID = (
 # --- judging ------------------------------------------------------------------------------------------------------
 
 
-def text(target: Target, rows: Batch, prefix: int, temperature: float, seed: int, graph: bool = False) -> Batch:
-    """What the target writes after prompts from rows [R, n], ROWS at most: input_ids, document [R', n], prefix [R'].
+def text(
+    target: Target, rows: Batch, prefix: int, temperature: float, seed: int, graph: bool = False, most: int = ROWS
+) -> Batch:
+    """What the target writes after prompts from rows [R, n], `most` at most: input_ids, document [R', n], prefix [R'].
 
     A prompt is the first `prefix` tokens of a row that begins with so long a document; of rows with a loss mask
     (chats), whatever `respond.cuts` finds in at most n / 2 tokens. document is 0, and -1 after an end token; row r is
@@ -101,9 +104,9 @@ def text(target: Target, rows: Batch, prefix: int, temperature: float, seed: int
     if "loss_mask" in rows:
         parts = zip(ids, document.numpy(), rows["loss_mask"].cpu().numpy(), strict=True)
         found = [row[begin:end].tolist() for row, *where in parts for begin, end in cuts(*where, prefix)]
-        prompts = [prompt for prompt in found if len(prompt) <= length // 2][:ROWS]
+        prompts = [prompt for prompt in found if len(prompt) <= length // 2][:most]
     else:
-        prompts = ids[(document[:, :prefix] == 0).all(1), :prefix].tolist()[:ROWS]
+        prompts = ids[(document[:, :prefix] == 0).all(1), :prefix].tolist()[:most]
     if not prompts:
         raise UserError(f"no row begins with a document of {prefix} tokens, and none holds a chat: lower prefix")
     how = {"length": ROW, "temperature": temperature, "seed": seed, "graph": graph}
@@ -164,12 +167,15 @@ def walk(accepted: np.ndarray, prefix: int, end: int, k: int) -> list[int]:
 
 @torch.no_grad()
 def rounds(
-    drafter: Drafter, rows: Batch, k: int, temperature: float, seed: int, sharpen: float, size: int = 4
-) -> list[list[int]]:
-    """Per row of `text`, the accepted counts of coupled decoding's rounds with chains of k."""
-    device, vocab = drafter.target.device, drafter.target.vocab_size
+    drafter: Drafter, rows: Batch, ks: Sequence[int], temperature: float, seed: int, sharpen: float, size: int = 4
+) -> dict[int, list[list[int]]]:
+    """Of chains of each k, per row of `text`, the accepted counts of coupled decoding's rounds.
+
+    The longest chains are drafted: a shorter one is the beginning of a longer one.
+    """
+    device, vocab, k = drafter.target.device, drafter.target.vocab_size, max(ks)
     n = rows["input_ids"].shape[1]
-    found = []
+    found: dict[int, list[list[int]]] = {length: [] for length in ks}
     for start in range(0, len(rows["input_ids"]), size):
         batch = {name: tensor[start : start + size].to(device) for name, tensor in rows.items()}
         ids, count = batch["input_ids"], len(batch["input_ids"])
@@ -179,7 +185,9 @@ def rounds(
         match = (tokens == ids[:, at.clamp(max=n - 1)]) & (at < n)
         accepted = match.int().cumprod(-1).sum(-1).cpu().numpy()
         ends = (batch["document"] >= 0).sum(1).tolist()
-        found += [walk(accepted[r], prefix, ends[r], k) for r, prefix in enumerate(batch["prefix"].tolist())]
+        for r, prefix in enumerate(batch["prefix"].tolist()):
+            for length, counts in found.items():
+                counts.append(walk(accepted[r], prefix, ends[r], length))
     return found
 
 
@@ -197,11 +205,11 @@ def tokens_per_step(counts: Sequence[Sequence[int]], draws: int = 1000) -> tuple
     return table[:, 1].sum() / table[:, 0].sum(), low, high, int(table[:, 0].sum())
 
 
-def judge(drafter: Drafter, written: Batch, ks: Iterable[int], temperature: float, seed: int) -> list[dict]:
+def judge(drafter: Drafter, written: Batch, ks: Sequence[int], temperature: float, seed: int) -> list[dict]:
     """Rows k, metric, value, low, high, n: tokens_per_step of coupled chains of each k on `text`."""
     found = []
-    for k in ks:
-        counts = rounds(drafter, written, k, temperature, seed, Settings(temperature=temperature).sharpness)
+    sharpen = Settings(temperature=temperature).sharpness
+    for k, counts in rounds(drafter, written, ks, temperature, seed, sharpen).items():
         values = zip(("value", "low", "high", "n"), tokens_per_step(counts), strict=True)
         found.append({"k": k, "metric": "tokens_per_step", **dict(values)})
     return found
@@ -259,12 +267,20 @@ def run(
     seeds: Sequence[int] = (2410, 2411),
     prefix: int = 32,
     temperature: float = 0.7,
-    base: str = "eagle-ps",
+    base: str = BASE,
+    ks: Sequence[int] = (5, 8),
+    texts: int = ROWS,
 ) -> pd.DataFrame:
     """Trains every variant with every seed, `steps` each; rows that results/<profile>/recipe.csv has are kept.
 
-    The drafter that the base starts from is trained first, if it is not there. Raises UserError.
+    base: the drafter that is varied; another one than BASE stands before its variants' names. Each is judged in chains
+    of `ks` on `texts` texts. The drafter that the base starts from is trained first, if it is not there. Raises
+    UserError.
     """
+    if base not in study.profile.drafters:
+        raise UserError(f"unknown drafter {base!r}; {nearest(base, study.profile.drafters)}")
+    if not 0 < texts <= ROWS:
+        raise UserError(f"texts = {texts}: between 1 and {ROWS} can be judged")
     path, spec = study.results / NAME, study.profile.drafters[base]
     done = pd.read_csv(path, dtype={"batch": str}) if path.is_file() else pd.DataFrame(columns=COLUMNS)
     target = study.target()
@@ -276,7 +292,8 @@ def run(
     given = {"corpus": train}
     written: Batch = {}
     for seed, variant in itertools.product(seeds, variants):
-        name = {"batch": f"{steps} steps", "variant": variant.name, "seed": seed, "steps": steps}
+        label = variant.name if base == BASE else f"{base}, {variant.name}"
+        name = {"batch": f"{steps} steps", "variant": label, "seed": seed, "steps": steps}
         if (done[list(name)] == list(name.values())).all(axis=1).any():
             continue
         if variant.responses not in given:
@@ -284,12 +301,13 @@ def run(
             answered = dataclasses.replace(study, profile=dataclasses.replace(study.profile, data=data))
             given[variant.responses] = as_batch(answered._training_rows(base)[0])
         if not written:
-            written = text(target, held_out, prefix, temperature, seed=0, graph=target.device.type == "cuda")
-        manifest.say(f"recipe: {variant.name}, seed {seed}, {steps} steps")
+            graph = target.device.type == "cuda"
+            written = text(target, held_out, prefix, temperature, seed=0, graph=graph, most=texts)
+        manifest.say(f"recipe: {label}, seed {seed}, {steps} steps")
         with tempfile.TemporaryDirectory() as folder:
             made = train_variant(
                 variant.spec(spec, steps), target, given[variant.responses], held_out, written, Path(folder),
-                seed=seed, warm_start_from=warm, temperature=temperature,
+                seed=seed, warm_start_from=warm, temperature=temperature, ks=ks,
             )  # fmt: skip
         rows = pd.DataFrame([name | row for row in made]).reindex(columns=COLUMNS)
         done = pd.concat([done, rows], ignore_index=True) if len(done) else rows
@@ -317,10 +335,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default="", help="folder for results/ (default: the project's)")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[2410, 2411])
+    parser.add_argument("--base", default=BASE, help="the drafter to vary (default: %(default)s)")
+    parser.add_argument("--ks", type=int, nargs="+", default=[5, 8], help="lengths of the chains that are judged")
+    parser.add_argument("--texts", type=int, default=ROWS, help="texts they are judged on (default: %(default)s)")
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants by name (default: all)")
     given = parser.parse_args(words)
     try:
-        run(Study.open(given.profile, given.output), select(given.only), given.steps, given.seeds)
+        study, variants = Study.open(given.profile, given.output), select(given.only)
+        run(study, variants, given.steps, given.seeds, base=given.base, ks=given.ks, texts=given.texts)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
 

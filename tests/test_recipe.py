@@ -44,6 +44,7 @@ def test_text_answers_the_prompts_of_chats(target):
     rows = as_batch(toys.rows(2, 40))
     rows["document"][:, :] = torch.arange(40) // 20  # two chats of 20 tokens a row
     rows["loss_mask"] = ((torch.arange(40) % 20) >= torch.where(torch.arange(40) < 20, 6, 9)).long().repeat(2, 1)
+    assert len(recipe.text(target, rows, PREFIX, 0.7, SEED, most=3)["prefix"]) == 3
     made = recipe.text(target, rows, PREFIX, 0.7, SEED)
     assert made["prefix"].tolist() == [6, 9, 6, 9]
     for r, (ids, prefix) in enumerate(zip(made["input_ids"], (6, 9, 6, 9), strict=True)):
@@ -56,7 +57,7 @@ def test_text_answers_the_prompts_of_chats(target):
     )
     done = speculative(target, drafter, ids[:6], settings)
     assert done.tokens == ids[6:end] and end > 12
-    found = recipe.rounds(drafter, made, 2, 0.7, SEED, settings.sharpness)
+    found = recipe.rounds(drafter, made, [2], 0.7, SEED, settings.sharpness)[2]
     assert found[0] == [r.accepted for r in done.rounds][: len(found[0])] and len(found[0]) > 2
 
 
@@ -83,7 +84,8 @@ def test_rounds_are_those_of_decoding(target, written, kind, changes):
     )
     done = speculative(target, drafter, ids[:PREFIX], settings)
     assert done.tokens == ids[PREFIX:end]
-    found = recipe.rounds(drafter, written, 3, 0.7, SEED, settings.sharpness)
+    found = recipe.rounds(drafter, written, [3], 0.7, SEED, settings.sharpness)[3]
+    assert recipe.rounds(drafter, written, [4, 3], 0.7, SEED, settings.sharpness)[3] == found
     assert len(found) == 6 and len(found[0]) >= 4
     assert found[0] == [r.accepted for r in done.rounds][: len(found[0])]
 
@@ -131,6 +133,10 @@ def test_a_grid_goes_on_where_it_was(target, tmp_path):
     finally:
         recipe.train_variant = recipe_train
     assert calls == ["shared"]
+    with pytest.raises(UserError, match="did you mean eagle-ps"):
+        recipe.run(study, two, 2, [1], PREFIX, base="eagle-p")
+    with pytest.raises(UserError, match="texts = 0"):
+        recipe.run(study, two, 2, [1], PREFIX, texts=0)
     pd.testing.assert_frame_equal(recipe.load(study), both, check_dtype=False)
     table = recipe.compare(both)
     values = table.set_index("variant").tokens_per_step
