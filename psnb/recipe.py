@@ -14,9 +14,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ def train_variant(
     target: Target,
     rows: Batch,
     held_out: Batch,
-    written: Batch,
+    written: Callable[[], Batch],
     folder: Path,
     *,
     seed: int,
@@ -231,7 +232,7 @@ def train_variant(
     temperature: float,
     ks: Sequence[int] = (5, 8),
 ) -> list[dict]:
-    """Train `spec` into `folder` and judge it: rows of COLUMNS from `rows` on.
+    """Train `spec` into `folder` and judge it on `written()`: rows of COLUMNS from `rows` on.
 
     seconds: of the whole training, with its compilation; step_ms: median over the logged stretches of steps.
     """
@@ -248,7 +249,7 @@ def train_variant(
     last = log[(log.step == log.step.max()) & log.metric.str.startswith("accept_")]
     found = last[["metric", "value"]].to_dict("records")
     lengths = sorted({min(k, spec.k) for k in ks})
-    found += judge(drafters.load(folder, target), written, lengths, temperature, seed=0)
+    found += judge(drafters.load(folder, target), written(), lengths, temperature, seed=0)
     return [about | row for row in found]
 
 
@@ -290,7 +291,8 @@ def run(
     train, held_out = (as_batch(rows) for rows in study._training_rows())
     held_out = {column: rows[:ROWS] for column, rows in held_out.items()}
     given = {"corpus": train}
-    written: Batch = {}
+    graph = target.device.type == "cuda"
+    written = functools.cache(lambda: text(target, held_out, prefix, temperature, seed=0, graph=graph, most=texts))
     for seed, variant in itertools.product(seeds, variants):
         label = variant.name if base == BASE else f"{base}, {variant.name}"
         name = {"batch": f"{steps} steps", "variant": label, "seed": seed, "steps": steps}
@@ -300,9 +302,6 @@ def run(
             data = dataclasses.replace(study.profile.data, responses=variant.responses)
             answered = dataclasses.replace(study, profile=dataclasses.replace(study.profile, data=data))
             given[variant.responses] = as_batch(answered._training_rows(base)[0])
-        if not written:
-            graph = target.device.type == "cuda"
-            written = text(target, held_out, prefix, temperature, seed=0, graph=graph, most=texts)
         manifest.say(f"recipe: {label}, seed {seed}, {steps} steps")
         with tempfile.TemporaryDirectory() as folder:
             made = train_variant(
