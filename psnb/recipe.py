@@ -271,12 +271,14 @@ def run(
     base: str = BASE,
     ks: Sequence[int] = (5, 8),
     texts: int = ROWS,
+    batch: str = "",
 ) -> pd.DataFrame:
     """Trains every variant with every seed, `steps` each; rows that results/<profile>/recipe.csv has are kept.
 
     base: the drafter that is varied; another one than BASE stands before its variants' names. Each is judged in chains
-    of `ks` on `texts` texts. The drafter that the base starts from is trained first, if it is not there. Raises
-    UserError.
+    of `ks` on `texts` texts. batch: what the rows are filed under (empty: the steps); "full" for trainings that are
+    meant to be compared at equal minutes. The drafter that the base starts from is trained first, if it is not there.
+    Raises UserError.
     """
     if base not in study.profile.drafters:
         raise UserError(f"unknown drafter {base!r}; {nearest(base, study.profile.drafters)}")
@@ -295,7 +297,7 @@ def run(
     written = functools.cache(lambda: text(target, held_out, prefix, temperature, seed=0, graph=graph, most=texts))
     for seed, variant in itertools.product(seeds, variants):
         label = variant.name if base == BASE else f"{base}, {variant.name}"
-        name = {"batch": f"{steps} steps", "variant": label, "seed": seed, "steps": steps}
+        name = {"batch": batch or f"{steps} steps", "variant": label, "seed": seed, "steps": steps}
         if (done[list(name)] == list(name.values())).all(axis=1).any():
             continue
         if variant.responses not in given:
@@ -337,11 +339,12 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", default=BASE, help="the drafter to vary (default: %(default)s)")
     parser.add_argument("--ks", type=int, nargs="+", default=[5, 8], help="lengths of the chains that are judged")
     parser.add_argument("--texts", type=int, default=ROWS, help="texts they are judged on (default: %(default)s)")
+    parser.add_argument("--batch", default="", help='what the rows are filed under (default: "N steps")')
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="variants by name (default: all)")
     given = parser.parse_args(words)
     try:
-        study, variants = Study.open(given.profile, given.output), select(given.only)
-        run(study, variants, given.steps, given.seeds, base=given.base, ks=given.ks, texts=given.texts)
+        how = {"base": given.base, "ks": given.ks, "texts": given.texts, "batch": given.batch}
+        run(Study.open(given.profile, given.output), select(given.only), given.steps, given.seeds, **how)
     except UserError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -113,12 +113,13 @@ def test_variants_change_the_base():
 
 def test_a_grid_goes_on_where_it_was(target, tmp_path):
     spec = DrafterSpec(kind="eagle-ps", k=4, train=FitSpec(steps=2, rows=2, warmup=1, log_every=1))
+    drafters = {"eagle-ps": spec, "medusa": dataclasses.replace(spec, kind="medusa")}
     rows = as_batch(toys.rows(6, 40))
     rows["document"].zero_()
     study = SimpleNamespace(
         results=tmp_path / "own",
         root=tmp_path,
-        profile=dataclasses.replace(load("smoke"), name="toy", drafters={"eagle-ps": spec}),
+        profile=dataclasses.replace(load("smoke"), name="toy", drafters=drafters),
         target=lambda: target,
         _training_rows=lambda name="target": (rows, rows),
     )
@@ -142,6 +143,10 @@ def test_a_grid_goes_on_where_it_was(target, tmp_path):
     values = table.set_index("variant").tokens_per_step
     assert set(table.k) == {4} and (table.tokens == 2 * 2 * 40).all()
     assert table.set_index("variant").gain["shared masks"] == pytest.approx(values["shared masks"] - values["base"])
+    other = recipe.run(study, two[:1], 2, [1], PREFIX, base="medusa", batch="full", ks=[1, 2])
+    other = other[len(both) :]
+    assert set(zip(other.batch, other.variant, strict=True)) == {("full", "medusa, base")}
+    assert sorted(other.k.dropna()) == [1, 2]
 
 
 def test_noise_stays_within_its_limit():
