@@ -28,7 +28,7 @@ from psnb import joined
 from psnb.cache import KVCache, StaticCache
 from psnb.decode import Generation, Round, Sampler, Settings, Stops, _forward, check
 from psnb.drafters import Drafter
-from psnb.drafters.base import last
+from psnb.drafters.base import gather, last
 from psnb.errors import UserError
 from psnb.profile import nearest
 from psnb.target import Target
@@ -345,7 +345,7 @@ class Engine:
         slot = torch.arange(self.depth + 1, device=path.device)
         after = torch.nn.functional.pad(fed.gather(1, path[:, 1:]), (0, 1))
         self.following.copy_(torch.where(slot < count[:, None], after, token[:, None]))
-        self.features.copy_(features.take_along_dim(path[..., None], 1))
+        self.features.copy_(gather(features, path))
         self.valid.copy_(count + 1)
         self.held.copy_(torch.minimum(self.held + count + 1, self.limit))  # what is done runs on, but not for ever
 

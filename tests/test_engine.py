@@ -120,6 +120,23 @@ def test_compiled_parts_change_nothing(monkeypatch):
     assert rows.untyped_storage().nbytes() == 0  # on a GPU the next engine needs the room
 
 
+@pytest.mark.parametrize(("kind", "tree"), [("eagle-ps", "chain"), ("eagle-ps", "best_first"), ("eagle", "chain")])
+def test_the_third_draft_length_compiles_nothing(kind, tree, monkeypatch):
+    """The first is compiled for its sizes, the second for all: notebooks try many."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(engine, "_compile", lambda f, tune=False: torch.compile(f, backend="eager"))
+    target = toys.target(torch.float64)
+    drafter = toys.drafter(kind, target, k=6)
+    graphs = []
+    for k in (2, 4, 6):
+        torch._dynamo.utils.counters.clear()
+        settings = Settings(k=k, tree=tree, nodes=2 * k, temperature=0.7, max_new_tokens=12, repeat_stop=0)
+        of = Engine(target, drafter, settings, compile_layers=True)
+        assert_same(of.generate([PROMPT]), target, drafter, [PROMPT], settings, [0])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > graphs[1] > graphs[2] == 0, graphs
+
+
 def test_a_compiled_walk_keeps_nothing_of_vmap():
     """Traced to its end with functionalised tensors, which the inner ones of vmap must not outlive."""
     target = toys.target(torch.float64)

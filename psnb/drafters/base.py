@@ -19,12 +19,17 @@ Mask = Tensor | groups.Rows
 Choose = Callable[..., Candidates]  # (logits [r, V] of slots first, first + 1, ... or all of one slot) -> candidates
 
 
+def gather(rows: Tensor, at: Tensor) -> Tensor:
+    """rows [B, m, H], at [B, n] -> [B, n, H]. `take_along_dim` would be compiled anew for every number of rows."""
+    return rows.gather(1, at[..., None].expand(-1, -1, rows.shape[-1]))
+
+
 def last(rows: Tensor, valid: Tensor | None, count: int = 1, beyond: int = 0) -> Tensor:
     """The last `count` of the first `valid` [B] + `beyond` rows (None: of all): rows [B, m, H] -> [B, count, H]."""
     if valid is None:
         return rows[:, -count:]
     at = valid[:, None] + torch.arange(beyond - count, beyond, device=rows.device)
-    return rows.take_along_dim(at[..., None], 1)
+    return gather(rows, at)
 
 
 class Drafter(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Choose, Drafter, Layers, Mask, start_norm
+from psnb.drafters.base import Choose, Drafter, Layers, Mask, gather, start_norm
 from psnb.profile import DrafterSpec
 from psnb.target import Target
 from psnb.tree import Plan, Shape, Tree, ancestry
@@ -150,4 +150,4 @@ def _level(of: Eagle, hidden: Tensor, fed: Tensor, cache: Any, seen: Tensor | No
 
 def _rows(x: Tensor, at: Tensor) -> Tensor:
     """x [(B,) r, H], at [(B,) n] -> [(B,) n, H]."""
-    return x[at] if at.ndim == 1 else x.take_along_dim(at[..., None], 1)
+    return x[at] if at.ndim == 1 else gather(x, at)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Drafter, Layers, Mask, start_norm
+from psnb.drafters.base import Drafter, Layers, Mask, gather, start_norm
 from psnb.drafters.eagle import Eagle
 from psnb.profile import DrafterSpec
 from psnb.target import Target
@@ -56,7 +56,7 @@ class Parallel(Drafter):
         row = torch.arange(m + masks, device=inputs.device)
         late = row - valid[:, None]
         order = torch.where(late < 0, row, torch.where(late < masks, late + m, row - masks))
-        return inputs.take_along_dim(order[..., None], 1)
+        return gather(inputs, order)
 
     def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None) -> Tensor:
         masks, held = k - 1 - self.first_slot, cache.length
