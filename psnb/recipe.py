@@ -284,6 +284,8 @@ def run(
         raise UserError(f"unknown drafter {base!r}; {nearest(base, study.profile.drafters)}")
     if not 0 < texts <= ROWS:
         raise UserError(f"texts = {texts}: between 1 and {ROWS} can be judged")
+    if min(ks) < 1:
+        raise UserError(f"ks = {list(ks)}: chains have 1 token or more")
     path, spec = study.results / NAME, study.profile.drafters[base]
     done = pd.read_csv(path, dtype={"batch": str}) if path.is_file() else pd.DataFrame(columns=COLUMNS)
     target = study.target()
