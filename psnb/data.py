@@ -509,8 +509,11 @@ def chat_tokens(messages: Sequence[dict], tokenizer: PreTrainedTokenizerFast) ->
                 )
             spans.append((len(before), len(after)))
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    mask = [int(any(a <= s and e <= b and s < b for a, b in spans)) for s, e in encoded["offset_mapping"]]
-    return encoded["input_ids"], mask
+    first, last = np.array(encoded["offset_mapping"], dtype=int).reshape(-1, 2).T
+    mask = np.zeros(len(first), dtype=int)
+    for begin, end in spans:
+        mask |= (begin <= first) & (last <= end) & (first < end)
+    return encoded["input_ids"], mask.tolist()
 
 
 def tokenize_chat(

@@ -204,11 +204,12 @@ class Engine:
     def _compile_parts(self) -> None:
         """Few kernels instead of many: layers, norms, angles, noise, the tree, the walk and what follows from it."""
         bodies = [(self.cache, self.target.model.base_model), *([(self.own, self.body)] if self.body else [])]
+        timed = self.target.dtype.itemsize < 4  # float32 on a GPU is for comparing tokens: its kernels need no tuning
         for cache, body in bodies:
             self._joined += joined.parts(body)
             single = self.drafter is None or (body is self.body and not self.drafter.one_pass)  # passes of one row
             for index, layer in enumerate(getattr(body, "layers", ())):
-                self._compiled[layer, "forward"] = _compiled(cache, index, layer, single)
+                self._compiled[layer, "forward"] = _compiled(cache, index, layer, single and timed)
             rest = [part for part in body.children() if not isinstance(part, nn.ModuleList | nn.Embedding)]
             self._compiled |= {(part, "forward"): _compile(part.forward) for part in rest}
             cache.lay_out = _compile(StaticCache._lay_out)

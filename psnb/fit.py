@@ -42,7 +42,7 @@ def batches(rows: Batch, size: int, steps: int, seed: int, start: int = 0) -> It
     for step in range(steps):
         while len(order) < size:
             order = torch.cat([order, torch.randperm(count, generator=draws)])
-        index, order = order[:size].to(device), order[size:]
+        index, order = order[:size].to(device, non_blocking=True), order[size:]
         if step >= start:
             yield {name: tensor[index] for name, tensor in rows.items()}
 

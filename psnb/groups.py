@@ -173,16 +173,15 @@ def block_mask(depth: Tensor, anchor: Tensor, document: Tensor, size: int = 128)
 def causal(document: Tensor) -> Tensor | BlockMask | None:
     """`causal_mask` in the cheapest form: document [B, n] -> None (causal and nothing else), a mask, or a block mask.
 
-    Up to DENSE_UP_TO tokens the mask is written out. Beyond, it is None where every row is one document, and
-    block-sparse on a GPU.
+    Up to DENSE_UP_TO tokens the mask is written out. Beyond, it is block-sparse on a GPU (to look at the documents
+    would make the host wait for it); on a CPU it is None where every row is one document.
     """
     n = document.shape[1]
-    if n > DENSE_UP_TO:
-        if bool((document == document[:, :1]).all()):
-            return None
-        if document.is_cuda:
-            index = torch.arange(n, device=document.device)
-            return block_mask(torch.zeros_like(index), index, document)
+    if n > DENSE_UP_TO and document.is_cuda:
+        index = torch.arange(n, device=document.device)
+        return block_mask(torch.zeros_like(index), index, document)
+    if n > DENSE_UP_TO and bool((document == document[:, :1]).all()):
+        return None
     return causal_mask(document)
 
 

@@ -363,7 +363,8 @@ def train_drafter(
         masks = masks_at(drafter, step - 1, budget.steps)
         draws = generator(seed, step)
         depth, anchor = groups.drop(n - 1, masks, spec.keep, spec.keep_min, draws, spec.anchors)
-        return depth.to(device), anchor.to(device), torch.bincount(depth).tolist()
+        there = (part.to(device, non_blocking=True) for part in (depth, anchor))  # the host goes on
+        return *there, torch.bincount(depth).tolist()
 
     def count(batch: Batch, step: int) -> Tensor:
         return tallies(drafter, batch, *layout(step))
