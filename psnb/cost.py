@@ -157,7 +157,8 @@ def rounds(
     prompt = (prompt * -(-context // len(prompt)))[:context]
     cuda, rows = target.device.type == "cuda", []
     with torch.no_grad():
-        Prompts(target)(prompt, ())  # the first forward of a process loads kernels
+        Prompts(target)(prompt)  # the first forward of a process loads kernels
+    options = {"prompts": Prompts(target), **options}
     for batch in batches:
         for arm in arms:
             settings = arm.settings(temperature=temperature, max_new_tokens=tokens, repeat_stop=0)

@@ -73,24 +73,94 @@ def refuse(target: Target) -> None:
 
 
 class Prompts:
-    """The target's forward over a prompt, kept until another one comes: engines in turn on one prompt share it."""
+    """What a prompt leaves in the target and in a drafter, kept until another one comes: engines in turn share it.
 
-    def __init__(self, target: Target) -> None:
+    graph (None: on a GPU): a forward is a CUDA graph over as many rows as `_rows` says. The last of them are padding,
+    which no other row sees.
+    """
+
+    def __init__(self, target: Target, graph: bool | None = None) -> None:
         self.target = target
-        self._key: tuple[Any, ...] = ()
-        self._found: tuple[Tensor, KVCache, float]
+        self.graph = target.device.type == "cuda" if graph is None else graph
+        self.capture_seconds = 0.0
+        self._prompt: tuple[int, ...] = ()
+        self._found: dict[Any, tuple[Tensor, KVCache, float]] = {}  # of this prompt, with the seconds it took
+        self._ids: dict[int, Tensor] = {}  # by rows: where graphs find the tokens
+        self._graphs: dict[Any, tuple[Callable[[], None], Tensor, KVCache]] = {}  # with what they write
 
-    def __call__(self, prompt: Sequence[int], taps: Sequence[int]) -> tuple[Tensor, KVCache, float]:
-        """Features [1, n, (1 + taps) * H], keys and values, and the seconds that were saved (0 at the first time)."""
-        key = tuple(prompt), tuple(taps)
-        if key == self._key:
-            return self._found
-        began = time.perf_counter()
-        cache = KVCache(self.target.layers, len(prompt))
-        features = _forward(self.target, torch.tensor(prompt, device=self.target.device), cache, taps=taps)
-        _wait(self.target.device)
-        self._key, self._found = key, (features, cache, time.perf_counter() - began)
-        return features, cache, 0.0
+    def __call__(
+        self, prompt: Sequence[int], taps: Sequence[int] = (), drafter: Drafter | None = None
+    ) -> tuple[Tensor, KVCache, KVCache | None, float]:
+        """Features [1, n, (1 + taps) * H], keys and values of the target, and those of a drafter that has layers.
+
+        Last the seconds to be added to those that the call took: what others computed before counts, capture does not.
+        """
+        if tuple(prompt) != self._prompt:
+            self._prompt, self._found = tuple(prompt), {}
+        n, off, keys = len(prompt), 0.0, [(tuple(taps), None)]
+        if n > 1 and getattr(drafter, "body", None) is not None:
+            keys.append((tuple(taps), drafter))
+        for key in keys:
+            if key in self._found:
+                off += self._found[key][2]
+                continue
+            began, before = time.perf_counter(), self.capture_seconds
+            features, cache = self._forward(*key)
+            cache.crop(n if key[1] is None else n - 1)
+            _wait(self.target.device)
+            captured = self.capture_seconds - before
+            self._found[key] = features, cache, time.perf_counter() - began - captured
+            off -= captured
+        features, cache, _ = self._found[keys[0]]
+        return features[:, :n], cache, self._found[keys[1]][1] if len(keys) > 1 else None, off
+
+    def _rows(self, n: int) -> int:
+        """Rows of the graph for n tokens: steps of 128, beyond 512 of 256."""
+        step = 128 if n <= 512 else 256
+        return min(-(-n // step) * step, self.target.context)
+
+    def _forward(self, taps: tuple[int, ...], drafter: Drafter | None) -> tuple[Tensor, KVCache]:
+        """The target's features and cache of the prompt; of a drafter the cache of what follows the first token."""
+        features = None if drafter is None else self._found[taps, None][0]
+        given = torch.tensor(self._prompt, device=self.target.device)
+        if not self.graph:
+            return self._work(given, taps, drafter, features)
+        size = self._rows(len(given))
+        ids = self._ids.setdefault(size, torch.zeros(size, dtype=torch.long, device=given.device))
+        ids[: len(given)] = given
+        if (key := (size, taps, drafter)) not in self._graphs:
+            began, made = time.perf_counter(), []
+            replay = _recorded(lambda: made.append(self._work(ids, taps, drafter, features)))
+            self._graphs[key] = replay, *made[-1]
+            _wait(given.device)
+            self.capture_seconds += time.perf_counter() - began
+        replay, features, cache = self._graphs[key]
+        replay()
+        return features, cache
+
+    def _work(
+        self, ids: Tensor, taps: tuple[int, ...], drafter: Drafter | None, features: Tensor | None
+    ) -> tuple[Tensor, KVCache]:
+        if drafter is None:
+            cache = KVCache(self.target.layers, len(ids))
+            return _forward(self.target, ids, cache, taps=taps), cache
+        cache = KVCache(len(drafter.body.layers), len(ids))
+        drafter.prefill(features[:, :-1], ids[None, 1:], cache)
+        return features, cache
+
+
+def _recorded(work: Callable[[], None], pool: Any = None) -> Callable[[], None]:
+    """`work` as a CUDA graph, after it ran once."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        work()
+    return graph.replay
 
 
 def _wait(device: torch.device) -> None:
@@ -386,19 +456,10 @@ class Engine:
     def _graphed(self, work: Callable[[], None]) -> Callable[[], None]:
         """`work` as a CUDA graph; the state is as before, but for what `work` writes to tensors of its own."""
         before = [part.clone() for part in self.state]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                work()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            work()
+        replay = _recorded(work, self._pool)
         for part, kept in zip(self.state, before, strict=True):
             part.copy_(kept)
-        return graph.replay
+        return replay
 
     def _drop_graphs(self) -> None:
         """Rounds are captured anew, in a pool of their own: the old one ends with the last of its graphs."""
@@ -465,9 +526,9 @@ class Engine:
         stops = [Stops(of, self.settings) for of in made]
         for row, (of, stop) in enumerate(zip(made, stops, strict=True)):
             began = time.perf_counter()
-            token, saved = self._prefill(row, of.prompt, seeds[row])
+            token, off = self._prefill(row, of.prompt, seeds[row])
             stop.add([token])
-            of.seconds["prefill"] = time.perf_counter() - began + saved
+            of.seconds["prefill"] = time.perf_counter() - began + off
         self.limit[len(made) :] = 0  # rows of the batch that are not used
         self.step.zero_()
         held, launched, most = [len(prompt) for prompt in prompts], 0, self.settings.max_new_tokens
@@ -539,21 +600,18 @@ class Engine:
         return count + 1
 
     def _prefill(self, row: int, prompt: Sequence[int], seed: int) -> tuple[int, float]:
-        """Sequence `row` begins with this prompt, as in `decode`; the first token, and the seconds saved by sharing."""
-        target, drafter, n = self.target, self.drafter, len(prompt)
-        features, cache, saved = self.prompts(prompt, self.taps)
+        """Sequence `row` begins with this prompt, as in `decode`; the first token, and the seconds to be added."""
+        target, n = self.target, len(prompt)
+        features, cache, own, off = self.prompts(prompt, self.taps, self.drafter)
         sampler = Sampler(target, dataclasses.replace(self.settings, seed=seed))
         token = sampler.choose(target.logits(features[0, -1:]), n)
-        if drafter is not None and n > 1:
-            own = KVCache(max(1, drafter.spec.layers), n)
-            drafter.prefill(features[:, :-1], torch.tensor(prompt[1:], device=target.device)[None], own)
-            if self.own is not None:
-                self.own.load(row, own)
+        if own is not None:
+            self.own.load(row, own)
         self.cache.load(row, cache)
         self.held[row], self.valid[row], self.seeds[row] = n, 1, seed
         self.limit[row] = n + self.settings.max_new_tokens
         self.features[row, 0], self.following[row, 0] = features[0, -1], token[0]
-        return int(token), saved
+        return int(token), off
 
     @torch.no_grad()
     def parts(self, prompt: Sequence[int], repeats: int = 30) -> dict[str, float]:
@@ -590,6 +648,7 @@ class Engine:
     def close(self) -> None:
         """Give the memory of caches and graphs back. The engine is of no use afterwards."""
         self._drop_graphs()
+        del self.prompts
         for cache in (self.cache, self.own):
             if cache is not None:  # transformers' caches of no layers are false
                 cache.close()
@@ -622,4 +681,4 @@ class Engines:
     @property
     def capture_seconds(self) -> float:
         """Seconds that warming up and capturing graphs took so far."""
-        return sum(engine.capture_seconds for engine in self.made.values())
+        return sum(of.capture_seconds for of in (self.options["prompts"], *self.made.values()))

@@ -12,7 +12,7 @@ from transformers import MistralConfig, Qwen2Config
 from psnb import cache, decode, drafters, engine
 from psnb.cache import KVCache, StaticCache
 from psnb.decode import Settings
-from psnb.engine import PARTS, Engine
+from psnb.engine import PARTS, Engine, Prompts
 from psnb.errors import UserError
 from psnb.tree import fixed, paths
 
@@ -310,6 +310,31 @@ def test_a_window_shorter_than_the_capacity_and_other_states_are_refused():
     crossed.config.add_cross_attention = True
     with pytest.raises(UserError, match="decoder-only"):
         Engine(crossed, None, settings)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_padded_prompt_leaves_what_the_prompt_alone_leaves(kind, monkeypatch):
+    """As with graphs, which have 128 rows or the target's context; what is not asked again is not computed again."""
+    target = toys.target(torch.float64)
+    drafter, ran = kind and toys.drafter(kind, target), []
+    layers = len(drafter.body.layers) if getattr(drafter, "body", None) else 0
+    monkeypatch.setattr(engine, "_recorded", lambda work: (work(), lambda: ran.append(work))[1])
+    for n in (1, 2, 24):
+        padded, plain = Prompts(target, graph=True), Prompts(target, graph=False)
+        padded._ids[padded._rows(n)] = torch.full((padded._rows(n),), 7)  # an earlier prompt's
+        for _ in range(2):
+            found, wanted = (of(PROMPTS[2][:n], (), drafter) for of in (padded, plain))
+        assert len(ran) == 1 + (n > 1 and layers > 0)
+        assert found[0].shape == (1, n, target.hidden_size)
+        assert torch.allclose(found[0], wanted[0], atol=1e-12)
+        for ours, theirs, rows in ((found[1], wanted[1], n), (found[2], wanted[2], n - 1)):
+            assert (ours is None) == (theirs is None)
+            for one, other in zip(ours.layers if ours else (), theirs.layers if theirs else (), strict=True):
+                assert one.length == other.length == rows < one.keys.shape[2]
+                assert torch.allclose(one.keys[:, :, :rows], other.keys[:, :, :rows], atol=1e-12)
+                assert torch.allclose(one.values[:, :, :rows], other.values[:, :, :rows], atol=1e-12)
+        ran.clear()
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------------
