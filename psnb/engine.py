@@ -37,6 +37,9 @@ from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform
 
 FIRST = 256  # rows of the smallest bucket
 PARTS = ("draft", "verify", "walk", "commit")  # of a round
+# The compiler's options. Products of one row become generated reductions, tried in several sizes: faster, and longer to
+# compile. The noise is a hash, whose words are each used twice: written out in full it took 28 s to compile, not 3.
+TUNED, SHORT = {"coordinate_descent_tuning": True}, {"realize_opcount_threshold": 8}
 
 
 class _Given:
@@ -170,7 +173,7 @@ def _wait(device: torch.device) -> None:
 
 def _compiled(cache: StaticCache, index: int, layer: nn.Module, tune: bool) -> Callable[..., Tensor]:
     """The forward of layer `index`, compiled once for all layers of a kind: `cache` turns to the layer before."""
-    forward = _compile(layer.forward, tune)
+    forward = _compile(layer.forward, **(TUNED if tune else {}))
 
     def run(*args: Any, **kwargs: Any) -> Tensor:
         cache.select(index)
@@ -179,13 +182,12 @@ def _compiled(cache: StaticCache, index: int, layer: nn.Module, tune: bool) -> C
     return run
 
 
-def _compile(function: Callable[..., Any], tune: bool = False) -> Callable[..., Any]:
+def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """Compiled anew where a number of rows, a bucket or a tree is the second of its kind, then once for all others.
 
     A symbol for every size from the start takes longer: 75 s against 43 to trace notebook 3's engines on 2 cores.
-    tune: products of one row become generated reductions, tried in several sizes: faster, and longer to compile.
     """
-    return torch.compile(function, options={"coordinate_descent_tuning": True} if tune else None)
+    return torch.compile(function, options=options or None)
 
 
 class Engine:
@@ -287,7 +289,7 @@ class Engine:
             of = self.drafter
             self._compiled |= {(of, name): _compile(getattr(of, name)) for name in of.glue}
         names = ("_begin", "_plant", "_propose", "_feed", "_walk", "_advance")
-        self._fast = {name: _compile(getattr(Engine, name)) for name in names}
+        self._fast = {name: _compile(getattr(Engine, name), **SHORT) for name in names}
 
     def _do(self, name: str, *given: Any) -> Any:
         """A method by its name, compiled where it is."""

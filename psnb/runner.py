@@ -163,6 +163,7 @@ def _papermill(study: Study, source: Path, running: Path, values: dict[str, Any]
     kernels = [str(Path(sys.prefix) / "share" / "jupyter"), os.environ.get("JUPYTER_PATH", "")]
     environment = {
         "PSNB_NOTEBOOK": source.stem,
+        "TORCH_COMPILE_JOB_ID": f"psnb-{os.getpid()}",  # later notebooks compile for the sizes that earlier ones met
         "JUPYTER_PATH": os.pathsep.join(filter(None, kernels)),
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -106,7 +106,7 @@ def test_compiled_parts_change_nothing(monkeypatch):
     """Traced without a break, once for both layers, with joined projections."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(engine, "_compile", lambda f, tune=False: torch.compile(f, backend="eager"))
+    monkeypatch.setattr(engine, "_compile", lambda f, **options: torch.compile(f, backend="eager"))
     target = toys.target(torch.float64)
     drafter = toys.drafter("eagle-ps", target)
     settings = Settings(k=2, tree="best_first", nodes=4, temperature=0.7, max_new_tokens=12, repeat_stop=0)
@@ -124,7 +124,7 @@ def test_compiled_parts_change_nothing(monkeypatch):
 def test_the_third_draft_length_compiles_nothing(kind, tree, monkeypatch):
     """The first is compiled for its sizes, the second for all: notebooks try many."""
     torch._dynamo.reset()
-    monkeypatch.setattr(engine, "_compile", lambda f, tune=False: torch.compile(f, backend="eager"))
+    monkeypatch.setattr(engine, "_compile", lambda f, **options: torch.compile(f, backend="eager"))
     target = toys.target(torch.float64)
     drafter = toys.drafter(kind, target, k=6)
     graphs = []
