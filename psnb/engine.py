@@ -616,28 +616,36 @@ class Engine:
         return int(token), off
 
     @torch.no_grad()
-    def parts(self, prompt: Sequence[int], repeats: int = 30) -> dict[str, float]:
-        """Milliseconds of a round's parts, each repeated alone at this length, and of the whole `round`."""
+    def parts(
+        self, prompt: Sequence[int], repeats: int = 30, names: Sequence[str] = (*PARTS, "round")
+    ) -> dict[str, float]:
+        """Milliseconds of a round's parts, each repeated alone at this length, and of the whole `round`.
+
+        `names` may leave out the last ones: a part stands on what the one before it made.
+        """
         check(self.target, prompt, self.settings, self.drafter)
         for row in range(self.batch):
             self._prefill(row, prompt, row)
         bucket = self._bucket(len(prompt) + 2 * (self.depth + 1) + self.margin)
-        whole, box, made = self._run(bucket), {}, {}
-        whole()
-        self.limit.copy_(self.held)  # stands still
+        work: dict[str, Callable[[], None]] = {}
+        box, made = {}, {}
+        if "round" in names:
+            work["round"] = self._run(bucket)
+            work["round"]()
+            self.limit.copy_(self.held)  # stands still
 
         def verify() -> None:
             box["fed"], box["features"], box["logits"] = self._verify(box["tree"])
 
-        work = (
-            lambda: box.update(tree=self._draft()),
-            verify,
-            lambda: box.update(verdict=self._do("_walk", box["tree"], box["logits"])),
-            lambda: self._commit(box["tree"], box["fed"], box["features"], box["verdict"]),
-        )
+        work |= {
+            "draft": lambda: box.update(tree=self._draft()),
+            "verify": verify,
+            "walk": lambda: box.update(verdict=self._do("_walk", box["tree"], box["logits"])),
+            "commit": lambda: self._commit(box["tree"], box["fed"], box["features"], box["verdict"]),
+        }
         with self._inside(bucket):
-            for name, part in (*zip(PARTS, work, strict=True), ("round", whole)):
-                run = self._graphed(part) if self.graph and name != "round" else part
+            for name in names:
+                run = self._graphed(work[name]) if self.graph and name != "round" else work[name]
                 for turn in range(repeats + 3):
                     if turn == 3:
                         _wait(self.target.device)

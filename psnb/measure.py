@@ -21,7 +21,7 @@ from psnb import drafters as models
 from psnb.cache import KVCache
 from psnb.decode import Generation, Sampler, Settings, Stops, autoregressive, speculative
 from psnb.drafters import Drafter
-from psnb.engine import Engine, Engines
+from psnb.engine import Engine, Engines, Prompts
 from psnb.errors import UserError
 from psnb.profile import DrafterSpec, TargetSpec, nearest
 from psnb.target import Target, untrained
@@ -573,9 +573,10 @@ def draft_times(
     arms = [(name, k) for name, drafter in drafters.items() for k in ks if k <= drafter.k]
     if target.device.type == "cuda":
         prompt, taken = torch.arange(context).remainder(target.vocab_size).tolist(), {}
+        prompts = Prompts(target)
         for name, k in arms:
-            engine = Engine(target, drafters[name], Settings(k=k, temperature=0.0))
-            taken[name, k] = [engine.parts(prompt, repeats)["draft"] for _ in range(5)]
+            engine = Engine(target, drafters[name], Settings(k=k, temperature=0.0), prompts=prompts)
+            taken[name, k] = [engine.parts(prompt, repeats, ["draft"])["draft"] for _ in range(5)]
             engine.close()
         return _medians(taken)
     ids = torch.randint(0, target.vocab_size, (1, context + 2), device=target.device)

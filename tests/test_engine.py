@@ -267,6 +267,7 @@ def test_parts_are_timed_and_change_nothing():
     before = engine.generate([PROMPT])[0].tokens
     taken = engine.parts(PROMPT, repeats=2)
     assert set(taken) == {*PARTS, "round"} and min(taken.values()) > 0
+    assert Engine(target, engine.drafter, engine.settings).parts(PROMPT, 2, ["draft"]).keys() == {"draft"}
     assert engine.generate([PROMPT])[0].tokens == before and engine.peak_bytes == 0 == engine.capture_seconds
 
 
