@@ -38,7 +38,7 @@ from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform
 FIRST = 256  # rows of the smallest bucket
 PARTS = ("draft", "verify", "walk", "commit")  # of a round
 # The compiler's options. Products of one row become generated reductions, tried in several sizes: faster, and longer to
-# compile. The noise is a hash, whose words are each used twice: written out in full it took 28 s to compile, not 3.
+# compile. The noise is a hash, whose words are each used twice: written out in full it took 2 cores 28 s, now 3.
 TUNED, SHORT = {"coordinate_descent_tuning": True}, {"realize_opcount_threshold": 8}
 
 
