@@ -163,7 +163,8 @@ def _papermill(study: Study, source: Path, running: Path, values: dict[str, Any]
     kernels = [str(Path(sys.prefix) / "share" / "jupyter"), os.environ.get("JUPYTER_PATH", "")]
     environment = {
         "PSNB_NOTEBOOK": source.stem,
-        "TORCH_COMPILE_JOB_ID": f"psnb-{os.getpid()}",  # later notebooks compile for the sizes that earlier ones met
+        # one run is one job: its later notebooks compile at once for the sizes that its earlier ones met
+        "TORCH_COMPILE_JOB_ID": f"psnb-{study.manifest.read().get('started', '')}",
         "JUPYTER_PATH": os.pathsep.join(filter(None, kernels)),
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",

@@ -17,6 +17,16 @@ def test_shipped_profiles_load_and_fit_the_notebooks(name):
     runner.check_parameters(Study.open(loaded), {})
 
 
+def test_the_longer_study_takes_over_what_the_shorter_one_made():
+    """Its target and the drafter that it begins from are those of h200: else their weights would not fit."""
+    short, long = profile.load("h200"), profile.load("h200-long")
+    assert (long.seed, long.data, long.target) == (short.seed, short.data, short.target)
+    assert long.drafters["eagle-start"] == short.drafters["eagle"]
+    for name in ("eagle", "eagle-ps"):
+        (one, brief), (other, full) = ((of := p.drafters[name], of.train) for p in (short, long))
+        assert full.steps > 6 * brief.steps and (one.kind, one.layers) == (other.kind, other.layers)
+
+
 def test_names():
     assert {"smoke", "embedded"} <= set(profile.names())
 
