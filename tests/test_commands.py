@@ -219,6 +219,17 @@ def test_the_kernel_is_this_python(toy, monkeypatch, tmp_path):
     assert (toy / "where.txt").read_text() == sys.executable
 
 
+def test_the_notebooks_of_a_run_are_one_job_of_the_compiler(toy, plain_report):
+    """What one compiled is then found by the next; another run begins anew."""
+    note = "import os\nopen('jobs.txt', 'a').write(os.environ['TORCH_COMPILE_JOB_ID'] + '\\n')"
+    for name in ("01_first", "02_second"):
+        write_notebook(toy / "notebooks" / f"{name}.ipynb", "n: int = 1\n", note)
+    runner.run("toy.toml")
+    runner.run("toy.toml", fresh=True)
+    jobs = (toy / "jobs.txt").read_text().split()
+    assert len(jobs) == 4 and jobs[0] == jobs[1] != jobs[2] == jobs[3]
+
+
 # --- the environment ------------------------------------------------------------------------------------------------
 
 
