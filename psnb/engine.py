@@ -455,10 +455,10 @@ class Engine:
                 for module, name in self._compiled:
                     module.__dict__.pop(name, None)
 
-    def _graphed(self, work: Callable[[], None]) -> Callable[[], None]:
+    def _graphed(self, work: Callable[[], None], pool: Any) -> Callable[[], None]:
         """`work` as a CUDA graph; the state is as before, but for what `work` writes to tensors of its own."""
         before = [part.clone() for part in self.state]
-        replay = _recorded(work, self._pool)
+        replay = _recorded(work, pool)
         for part, kept in zip(self.state, before, strict=True):
             part.copy_(kept)
         return replay
@@ -485,7 +485,7 @@ class Engine:
             else:
                 began = time.perf_counter()
                 with self._inside(bucket):
-                    self._runs[bucket] = self._graphed(self._round)
+                    self._runs[bucket] = self._graphed(self._round, self._pool)
                 torch.cuda.synchronize()
                 self.capture_seconds += time.perf_counter() - began
         return self._runs[bucket]
@@ -643,9 +643,10 @@ class Engine:
             "walk": lambda: box.update(verdict=self._do("_walk", box["tree"], box["logits"])),
             "commit": lambda: self._commit(box["tree"], box["fed"], box["features"], box["verdict"]),
         }
+        pool = torch.cuda.graph_pool_handle() if self.graph else None  # a pool is done with once it has no graph left
         with self._inside(bucket):
             for name in names:
-                run = self._graphed(work[name]) if self.graph and name != "round" else work[name]
+                run = self._graphed(work[name], pool) if self.graph and name != "round" else work[name]
                 for turn in range(repeats + 3):
                     if turn == 3:
                         _wait(self.target.device)

@@ -209,7 +209,7 @@ def tokens_per_step(counts: Sequence[Sequence[int]], draws: int = 1000) -> tuple
 def judge(drafter: Drafter, written: Batch, ks: Sequence[int], temperature: float, seed: int) -> list[dict]:
     """Rows k, metric, value, low, high, n: tokens_per_step of coupled chains of each k on `text`."""
     found = []
-    sharpen = Settings(temperature=temperature).sharpness
+    sharpen = Settings().sharpen
     for k, counts in rounds(drafter, written, ks, temperature, seed, sharpen).items():
         values = zip(("value", "low", "high", "n"), tokens_per_step(counts), strict=True)
         found.append({"k": k, "metric": "tokens_per_step", **dict(values)})

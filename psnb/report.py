@@ -11,20 +11,19 @@ import io
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import nbformat
 import pandas as pd
-from jinja2 import DictLoader
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import math_to_image
-from nbconvert import HTMLExporter
-from pygments.formatters import HtmlFormatter
 
 from psnb import manifest
 from psnb.errors import UserError
 from psnb.measure import COLUMNS
 from psnb.plots import at_best, order, pick, shape_name, with_k
+
+if TYPE_CHECKING:
+    from nbconvert import HTMLExporter
 
 SPEEDUP, DRAFT_TIMES, LENGTHS = "04_speedup", "03_draft_times", "03_draft_length"  # stages of summary.csv
 LOSSLESS, COST = "05_losslessness", "07_cost"
@@ -592,6 +591,8 @@ def formulas(text: str) -> str:
 
 def _body(path: Path, exporter: HTMLExporter) -> tuple[str, list[tuple[int, str, str]]]:
     """An executed notebook as HTML, and its headings: (level, id, text)."""
+    import nbformat
+
     book = nbformat.read(path, as_version=4)
     for cell in book.cells:
         if cell.cell_type == "markdown":
@@ -612,6 +613,10 @@ def html(notebooks: Sequence[Path], facts: dict[str, Any], path: Path) -> None:
 
     `facts` is the run's manifest; summary.csv lies beside `path`. No script, no network, pictures embedded.
     """
+    from jinja2 import DictLoader  # these take seconds, which only the last notebook needs to wait
+    from nbconvert import HTMLExporter
+    from pygments.formatters import HtmlFormatter
+
     exporter = HTMLExporter(template_file="report.html.j2", extra_loaders=[DictLoader({"report.html.j2": TEMPLATE})])
     exporter.exclude_anchor_links = True
     parts = [_body(Path(notebook), exporter) for notebook in notebooks]

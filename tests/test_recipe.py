@@ -57,7 +57,7 @@ def test_text_answers_the_prompts_of_chats(target):
     )
     done = speculative(target, drafter, ids[:6], settings)
     assert done.tokens == ids[6:end] and end > 12
-    found = recipe.rounds(drafter, made, [2], 0.7, SEED, settings.sharpness)[2]
+    found = recipe.rounds(drafter, made, [2], 0.7, SEED, settings.sharpen)[2]
     assert found[0] == [r.accepted for r in done.rounds][: len(found[0])] and len(found[0]) > 2
 
 
@@ -84,8 +84,8 @@ def test_rounds_are_those_of_decoding(target, written, kind, changes):
     )
     done = speculative(target, drafter, ids[:PREFIX], settings)
     assert done.tokens == ids[PREFIX:end]
-    found = recipe.rounds(drafter, written, [3], 0.7, SEED, settings.sharpness)[3]
-    assert recipe.rounds(drafter, written, [4, 3], 0.7, SEED, settings.sharpness)[3] == found
+    found = recipe.rounds(drafter, written, [3], 0.7, SEED, settings.sharpen)[3]
+    assert recipe.rounds(drafter, written, [4, 3], 0.7, SEED, settings.sharpen)[3] == found
     assert len(found) == 6 and len(found[0]) >= 4
     assert found[0] == [r.accepted for r in done.rounds][: len(found[0])]
 
