@@ -72,11 +72,14 @@ class Oracle(Drafter):
         return Tree(tokens, plan.shape, None, plan.shape.depth - 1)
 
 
-@pytest.mark.parametrize("sharpen", [0.3, 1.0, 4.0])
-def test_sharpening_changes_drafts_but_not_the_text(sharpen):
+TREE = {"temperature": 0.0, "tree": "best_first", "nodes": 6}
+
+
+@pytest.mark.parametrize(("sharpen", "shape"), [(0.3, {}), (1.0, {}), (4.0, {}), (100.0, TREE)])
+def test_sharpening_changes_drafts_but_not_the_text(sharpen, shape):
     target = toys.target(torch.float64)
     drafter = toys.drafter("eagle-ps", target)
-    settings = Settings(k=4, temperature=0.7, max_new_tokens=30, seed=4, repeat_stop=0)
+    settings = Settings(**{"k": 4, "temperature": 0.7, "max_new_tokens": 30, "seed": 4, "repeat_stop": 0, **shape})
     base = decode.speculative(target, drafter, PROMPT, dataclasses.replace(settings, sharpen=1.5))
     made = decode.speculative(target, drafter, PROMPT, dataclasses.replace(settings, sharpen=sharpen))
     assert made.tokens == base.tokens == decode.autoregressive(target, PROMPT, settings).tokens
