@@ -10,6 +10,7 @@ import html as escaping
 import io
 import re
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -189,11 +190,13 @@ def _equal_time(summary: pd.DataFrame) -> float | None:
 
 
 def _sibling_goals(summary: pd.DataFrame) -> list[Goal]:
-    """Each parallel drafter over its sibling in speed, both at their best draft, over all tasks."""
+    """Each parallel drafter (`eagle-ps`, `eagle-ps-tokens`, ...) over its sibling in speed at their best, all tasks."""
     made: list[Goal] = []
-    for method, bound in (("medusa-ps", 1.62), ("eagle-ps", 1.25)):
-        for t in sorted(pick(summary, "speedup_vs_plain", stage=SPEEDUP).temperature.dropna().unique()):
-            at, other = best(summary, t), SIBLINGS[method]
+    rows = pick(summary, "speedup_vs_plain", stage=SPEEDUP)
+    for kind, bound in (("medusa-ps", 1.62), ("eagle-ps", 1.25)):
+        methods = dict.fromkeys([kind, *order(m for m in rows.method if m.startswith(f"{kind}-"))])
+        for method, t in product(methods, sorted(rows.temperature.dropna().unique())):
+            at, other = best(summary, t), SIBLINGS[kind]
             found = ratio(*(value(at, "speedup_vs_plain", m) for m in (method, other)))
             made.append((f"{method} over {other}, each at its best draft, T = {t:g}", "at least", bound, found))
     return made
