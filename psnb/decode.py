@@ -218,7 +218,8 @@ class Sampler:
         """The function that turns a drafter's logits [r, V] of some slots into candidates (see Drafter.draft)."""
         of, drawn = self.settings, self.rule in ("rejection", "block") and plan.kind != "dynamic"
 
-        def candidates(logits: Tensor, slots: slice) -> Candidates:
+        def candidates(logits: Tensor, slots: slice, pairs: Callable[[Tensor], Tensor] | None = None) -> Candidates:
+            noise = None
             if self.rule == "greedy":
                 worth = logits
             elif self.rule == "coupled":
@@ -238,7 +239,14 @@ class Sampler:
             scale = {"greedy": of.sharpen, "coupled": 1 / of.spread}.get(self.rule, 1.0)
             worth = worth.to(self.noise.dtype) * scale
             values, tokens = best(worth, plan.width)
-            return Candidates(tokens, values - worth.logsumexp(-1, keepdim=True), None)
+            scores = values - worth.logsumexp(-1, keepdim=True)
+            if pairs is None:
+                return Candidates(tokens, scores, None)
+            after = warp(pairs(tokens), (of.temperature or 1.0) / of.sharpen).to(worth.dtype)
+            if noise is not None:
+                after = (after + noise.gather(-1, tokens)[..., None, :]) / of.spread
+            mass = scores.logsumexp(-1)[..., None, None]  # what lies outside the candidates stays there
+            return Candidates(tokens, scores, None, after.log_softmax(-1) + mass)
 
         return candidates
 
@@ -289,7 +297,7 @@ def speculative(target: Target, drafter: Drafter, prompt: Sequence[int], setting
     check(target, prompt, settings, drafter)
     result = Generation(list(prompt))
     stops, sampler = Stops(result, settings), Sampler(target, settings)
-    plan = Plan(settings.tree, settings.k, settings.nodes, target.vocab_size, device=target.device)
+    plan = Plan(settings.tree, settings.k, settings.nodes, target.vocab_size, device=target.device, width=drafter.width)
     chain, propose = plan.kind == "chain", sampler.propose(plan)
     clock = _Clock(target.device, result.seconds)
     room = len(prompt) + settings.max_new_tokens + plan.nodes + 1

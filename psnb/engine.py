@@ -233,7 +233,7 @@ class Engine:
         self.plan, self.depth, nodes, scratch, taps = None, 0, 0, 0, ()
         if drafter is not None:
             of = settings
-            self.plan = Plan(of.tree, of.k, of.nodes, target.vocab_size, device=device)
+            self.plan = Plan(of.tree, of.k, of.nodes, target.vocab_size, device=device, width=drafter.width)
             self.depth, nodes, taps = self.plan.k, self.plan.nodes, drafter.spec.taps
             scratch = self.depth + drafter.k + (self.depth * self.plan.beam if of.tree == "dynamic" else 0)
         self.margin = max(nodes + 1, scratch)  # rows beyond the known tokens that a round may write
@@ -319,6 +319,9 @@ class Engine:
             self.own.length = length
         self.sampler.noise = _Given(self.sampler.noise.dtype, self.noise)
         given = self.features, self.following
+        if self.drafter.link is not None:
+            hidden = self.drafter.ahead(*given, self.plan.k, self.own, self.valid)
+            return self._do("_plant", self.drafter.logits(hidden, 0), hidden)
         if self.drafter.one_pass:
             return self._do("_plant", self.drafter.marginals(*given, self.plan.k, self.own, self.valid))
         propose = functools.partial(self._do, "_propose")
@@ -331,9 +334,13 @@ class Engine:
     def _propose(self, logits: Tensor, slots: slice) -> Candidates:
         return self.sampler.propose(self.plan)(logits, slots)
 
-    def _plant(self, logits: Tensor) -> Tree:
-        """The tree of a one-pass drafter from its logits [B, k, V]."""
-        return self.plan(self._propose(logits, slice(0, self.plan.k)))
+    def _plant(self, logits: Tensor, hidden: Tensor | None = None) -> Tree:
+        """The tree of a one-pass drafter from its logits [B, k, V], and from its rows [B, k, H] if they are linked."""
+        propose = self.sampler.propose(self.plan)
+        if hidden is None:
+            return self.plan(propose(logits, slice(0, self.plan.k)))
+        root = last(self.following[..., None], self.valid)[:, 0, 0]
+        return self.drafter.plant(logits, hidden, root, self.plan, propose)
 
     def _noise(self) -> dict[str, Tensor]:
         """The noise of a round, each with a leading B (see `verify.Noise`)."""

@@ -25,7 +25,7 @@ from psnb.engine import Engine, Engines, Prompts
 from psnb.errors import UserError
 from psnb.profile import DrafterSpec, TargetSpec, nearest
 from psnb.target import Target, untrained
-from psnb.tree import Candidates, Plan
+from psnb.tree import Plan
 from psnb.verify import Noise, coupled_acceptance, coupled_bounds, perturb, warp
 
 if TYPE_CHECKING:
@@ -587,16 +587,14 @@ def draft_times(
         features[name] = target.features(ids, places, None, taps=drafter.spec.taps)
         drafter.prefill(features[name][:, :context], ids[:, :context], caches[name])
     taken: dict[tuple[str, int], list[float]] = {arm: [] for arm in arms}
-    plans = {k: Plan("chain", k, k, target.vocab_size, device=target.device) for k in ks}
-
-    def choose(logits: torch.Tensor, slots: slice) -> Candidates:
-        best = logits.argmax(-1, keepdim=True)
-        return Candidates(best, best, None)
+    vocab, greedy = target.vocab_size, Sampler(target, Settings(temperature=0.0))
+    plans = {arm: Plan("chain", arm[1], 0, vocab, device=target.device, width=drafters[arm[0]].width) for arm in arms}
 
     for turn in range(repeats + 3):
         for name, k in arms:
             began = time.perf_counter()
-            drafters[name].draft(features[name][:, -2:], ids[:, -2:], plans[k], choose, caches[name])
+            plan = plans[name, k]
+            drafters[name].draft(features[name][:, -2:], ids[:, -2:], plan, greedy.propose(plan), caches[name])
             if turn >= 3:  # the first ones warm up
                 taken[name, k].append(1e3 * (time.perf_counter() - began))
             caches[name].crop(context)

@@ -94,6 +94,7 @@ class DrafterSpec:
     curriculum: float = 0.0  # share of the steps over which the slots join, one after the other
     attention: str = "structured"  # or "dense": the group mask written out, R^2 entries
     taps: list[int] = field(default_factory=list)  # target layers (from 1) whose outputs stand beside f_t; *-ps only
+    link: int = 0  # rank of what ties a slot to the token before it (0: nothing does); *-ps only
     labels: str = "soft"  # the target's distribution, or "hard": the text's own token
     ce_weight: float = 1.0
     feature_weight: float = 0.0  # SmoothL1 between the drafter's and the target's features
@@ -212,8 +213,8 @@ def _check(profile: Profile) -> None:
             raise UserError(f"{where}: keep, keep_min and anchors are shares in (0, 1]")
         if not 0 <= spec.curriculum <= 1:
             raise UserError(f"{where}: curriculum is a share of the steps, 0 to 1")
-        if (spec.taps or spec.curriculum) and not spec.kind.endswith("-ps"):
-            raise UserError(f"{where}: taps and curriculum are for medusa-ps and eagle-ps, not {spec.kind}")
+        if (spec.taps or spec.link or spec.curriculum) and not spec.kind.endswith("-ps"):
+            raise UserError(f"{where}: taps, link and curriculum are for medusa-ps and eagle-ps, not {spec.kind}")
         if spec.warm_start and list(profile.drafters).index(name) <= (
             list(profile.drafters).index(spec.warm_start)
             if spec.warm_start in profile.drafters

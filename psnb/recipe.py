@@ -138,8 +138,14 @@ def drafted(drafter: Drafter, batch: Batch, k: int, worth: Tensor, sharpen: floa
 
     if drafter.one_pass:
         depth, anchor = (x.to(ids.device) for x in groups.layout(n - 1, drafter.masks))
-        made = slots(drafter, batch, features, depth, anchor, [n - 1] * (drafter.masks + 1))
-        return torch.stack([pick(hidden, slot) for slot, hidden in enumerate(made.parts()[:k])], -1)
+        made = slots(drafter, batch, features, depth, anchor, [n - 1] * (drafter.masks + 1), alone=1)
+        before, tokens = ids[:, 1:], []
+        for slot, hidden in enumerate(made.parts()[:k]):
+            if drafter.link is not None:  # here every token is a candidate, in a draft the best few
+                hidden = drafter.link(hidden, drafter.target.embed(before))
+            before = pick(hidden, slot)
+            tokens.append(before)
+        return torch.stack(tokens, -1)
     hidden, token, fed, tokens = features[:, :-1], ids[:, 1:], [], []
     for slot in range(k):
         fed.append(drafter.fuse(hidden, token))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LOGITS = 2**26  # entries of a table of logits held at once
+ALONE = 4  # in training one of so many linked rows does not hear of the token before it, for candidates come from these
 
 
 class Slots(NamedTuple):
@@ -93,10 +94,19 @@ def tallies(drafter: Drafter, batch: Batch, depth: Tensor, anchor: Tensor, count
     return torch.stack([valid.sum((0, 2)), valid.cumprod(1).sum((0, 2))])
 
 
-def slots(drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, anchor: Tensor, counts: list[int]) -> Slots:
+def slots(
+    drafter: Drafter,
+    batch: Batch,
+    features: Tensor,
+    depth: Tensor,
+    anchor: Tensor,
+    counts: list[int],
+    alone: int = 0,
+) -> Slots:
     """The drafter's training forward: the rows that draft, by slot.
 
-    features [B, n, (1 + taps) * H]; depth, anchor [R], counts as in `judged`.
+    features [B, n, (1 + taps) * H]; depth, anchor [R], counts as in `judged`. With a link the row of slot i of anchor t
+    hears of the text's x_{t+1+i}; alone: but for one in so many (0: all hear, 1: none).
     """
     ids, document = batch["input_ids"], batch["document"]
     place = groups.positions(document)[:, anchor] + depth
@@ -104,7 +114,12 @@ def slots(drafter: Drafter, batch: Batch, features: Tensor, depth: Tensor, ancho
     mask = attention(depth, anchor, document[:, :-1])
     hidden = drafter.rows(features[:, :-1], ids[:, 1:], depth, anchor, place, mask)
     made = judged(drafter, batch, depth, anchor, counts)
-    return made._replace(hidden=hidden[:, -len(made.slot) :])
+    hidden = hidden[:, -len(made.slot) :]
+    if drafter.link is not None and alone != 1:
+        heard = drafter.link(hidden, drafter.target.embed(ids[:, made.place]))
+        deaf = (made.anchor + made.slot) % alone == 0 if alone else torch.zeros_like(made.slot, dtype=torch.bool)
+        hidden = torch.where(deaf[:, None], hidden, heard)
+    return made._replace(hidden=hidden)
 
 
 def _measure(z: Tensor, w: Tensor, at: Tensor, token: Tensor, hard: bool, slopes: int) -> tuple[Tensor, ...]:
@@ -224,7 +239,7 @@ def group_sums(
     reach slot m, x the text's own continuation (SpecDiff-2); match: arg maxes that agree; rows: valid rows.
     """
     spec, n = drafter.spec, batch["document"].shape[1]
-    made = slots(drafter, batch, features, depth, anchor, counts)
+    made = slots(drafter, batch, features, depth, anchor, counts, ALONE)
     valid = made.table(made.valid, n)
     nats, log_q, match = (made.table(values, n) for values in score(drafter, batch, features, made))
     sums = {"nats": nats * valid, "match": match & valid, "rows": valid}

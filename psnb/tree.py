@@ -34,6 +34,7 @@ class Candidates(NamedTuple):
     tokens: Tensor  # [r, W], in the order in which they are tried
     scores: Tensor  # [r, W], descending: log of what a token is worth to the verifier
     q: Tensor | None  # [r, V]: the distribution that the tokens were drawn from without replacement; None: not drawn
+    pairs: Tensor | None = None  # [r, W, W]: scores after each candidate of the row before; None: whichever that was
 
 
 class Shape(NamedTuple):
@@ -41,7 +42,7 @@ class Shape(NamedTuple):
 
     parent: Tensor  # [N] row of the parent
     depth: Tensor  # [N] 1, 2, ...
-    rank: Tensor  # [N] which candidate of its parent's row (or slot) a node is
+    rank: Tensor  # [N] which candidate of its parent's row (or slot) a node is; with `pairs` of a fixed shape, by them
     mask: Tensor  # bool [N + 1, N + 1]: a row sees itself and its ancestors
 
 
@@ -146,6 +147,22 @@ def _tables(k: int, nodes: int, width: int) -> tuple[Tensor, ...]:
     return slots, seen, above, torch.tensor([len(path) for path in found]), torch.tensor([path[-1] for path in found])
 
 
+def _linked(pairs: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
+    """Paths along candidates that are ranked anew after each of the slot before: pairs [..., k, W, W], ranks [S, k].
+
+    Which candidate stands at each slot of a path, and its score: [..., S, k]. k = 2, W = 2, pairs of slot 1 [-1 -2]
+    after candidate 0 and [-4 -3] after 1: path 0 0 ends with candidate 0 if 0 is slot 0's best, with 1 if 1 is.
+    """
+    values, order = (part.flatten(-2) for part in pairs.sort(-1, descending=True))
+    row, places, scores = torch.zeros_like(ranks[:, 0]).expand(*pairs.shape[:-3], -1), [], []
+    for slot, rank in enumerate(ranks.T):
+        at = row * pairs.shape[-1] + rank
+        row = order[..., slot, :].gather(-1, at)
+        places.append(row)
+        scores.append(values[..., slot, :].gather(-1, at))
+    return torch.stack(places, -1), torch.stack(scores, -1)
+
+
 class BestFirst:
     """The best tree of N nodes from k slots that do not depend on each other: known after one pass of the drafter.
 
@@ -160,13 +177,22 @@ class BestFirst:
         if (count := len(tables[0])) < nodes:
             raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {count} nodes there are")
         self.slots, self.seen, self.above, self.depth, self.rank = (table.to(device) for table in tables)
+        self.ranks, self.there = self.slots % width, self.slots < k * width  # along the path of a contender
         self.order = torch.arange(count - 1, -1, -1, device=device)
         self.rows = torch.arange(1, nodes + 1, device=device)
 
-    def __call__(self, scores: Tensor) -> Shape:
-        """scores [..., k, W] of the slots' candidates, at most 0, descending -> the shape of the N best nodes."""
+    def __call__(self, scores: Tensor, pairs: Tensor | None = None) -> Shape:
+        """scores [..., k, W] of the slots' candidates, at most 0, descending -> the shape of the N best nodes.
+
+        With `pairs` [..., k, W, W] these count instead. Children are then ranked by what they are worth after their
+        parent, so that a contender may be worth more than one of smaller ranks: the N best of the contenders are taken.
+        """
         lead, nodes = scores.shape[:-2], self.nodes
-        worth = F.pad(scores.flatten(-2), (0, 1))[..., self.slots].sum(-1)
+        if pairs is None:
+            place, worth = None, F.pad(scores.flatten(-2), (0, 1))[..., self.slots].sum(-1)
+        else:
+            place, worth = _linked(pairs, self.ranks)
+            worth = torch.where(self.there, worth, 0).sum(-1)
         bits = worth.float().view(torch.int32)
         bits = bits ^ (bits >> 31 & 0x7FFFFFFF)  # whole numbers in the order of the scores
         chosen = (bits.long() << 32 | self.order).topk(nodes).indices
@@ -175,7 +201,11 @@ class BestFirst:
         mask = torch.zeros(*lead, nodes + 1, nodes + 1, dtype=torch.bool, device=scores.device)
         mask[..., 0] = True
         mask[..., 1:, :].scatter_(-1, row.gather(-1, self.seen[chosen].flatten(-2)).unflatten(-1, (nodes, -1)), True)
-        return Shape(row.gather(-1, self.above[chosen]), self.depth[chosen], self.rank[chosen], mask)
+        depth, rank = self.depth[chosen], self.rank[chosen]
+        if place is not None:
+            last = (depth - 1)[..., None]
+            rank = place.gather(-2, chosen[..., None].expand(*chosen.shape, self.k)).gather(-1, last)[..., 0]
+        return Shape(row.gather(-1, self.above[chosen]), depth, rank, mask)
 
 
 class Plan:
@@ -183,11 +213,18 @@ class Plan:
 
     `chain`: k nodes in a row. `static`: published rank paths. `best_first`: the N best nodes of k slots. `dynamic`:
     what an autoregressive drafter grows, EAGLE-2's way: at each of k levels the `beam` best nodes are expanded by
-    their `beam` best tokens, and the N best of all stay.
+    their `beam` best tokens, and the N best of all stay. width: candidates of a slot (0: as the shape needs).
     """
 
     def __init__(
-        self, kind: str, k: int, nodes: int, vocab: int, beam: int = 8, device: torch.device | str = "cpu"
+        self,
+        kind: str,
+        k: int,
+        nodes: int,
+        vocab: int,
+        beam: int = 8,
+        device: torch.device | str = "cpu",
+        width: int = 0,
     ) -> None:
         if kind not in KINDS:
             raise UserError(f"unknown tree {kind!r}; {nearest(kind, KINDS)}")
@@ -198,10 +235,12 @@ class Plan:
         self.shape: Shape | None = None
         if kind in ("chain", "static"):
             self.shape = fixed(paths(kind, k, nodes), device)
-            self.nodes, self.width = len(self.shape.rank), int(self.shape.rank.max()) + 1
-            self.siblings, self.k = self.width, int(self.shape.depth.max())
+            self.nodes, self.siblings = len(self.shape.rank), int(self.shape.rank.max()) + 1
+            self.width, self.k = max(self.siblings, min(width, vocab)), int(self.shape.depth.max())
+            self.ranks = self._ranks().to(device)
         elif kind == "best_first":
-            self.nodes, self.width, self.siblings = nodes, min(nodes, vocab), min(nodes, vocab)
+            self.nodes, self.width = nodes, min(width or nodes, vocab)
+            self.siblings = self.width
             self.builder = BestFirst(k, nodes, self.width, device)
         else:
             most = self.beam * (1 + (k - 1) * self.beam)
@@ -209,6 +248,15 @@ class Plan:
                 raise UserError(f"a dynamic tree of k = {k} has at most {most} nodes, not {nodes}: raise k")
             self.nodes, self.width, self.siblings = nodes, self.beam, self.beam
         self.levels = self._levels() if self.shape else []
+
+    def _ranks(self) -> Tensor:
+        """Of each node of a fixed shape the ranks along its path [N, k], zeros behind its own."""
+        parent, rank, depth = (part.tolist() for part in (self.shape.parent, self.shape.rank, self.shape.depth))
+        made = torch.zeros(self.nodes + 1, self.k, dtype=torch.long)
+        for row, (above, of, deep) in enumerate(zip(parent, rank, depth, strict=True), start=1):
+            made[row] = made[above]
+            made[row, deep - 1] = of
+        return made[1:]
 
     def _levels(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """By level of a fixed shape: its nodes' parents among the rows expanded above, ranks, and who is expanded."""
@@ -225,10 +273,15 @@ class Plan:
 
     def __call__(self, candidates: Candidates) -> Tree:
         """The draft of a one-pass drafter: candidates of k slots [..., k, W] -> N nodes."""
-        shape = self.shape or self.builder(candidates.scores)
-        slot, tokens = shape.depth - 1, candidates.tokens
-        if slot.ndim == 1:
-            tokens = tokens[..., slot, shape.rank]
+        pairs, tokens = candidates.pairs, candidates.tokens
+        shape = self.shape or self.builder(candidates.scores, pairs)
+        slot, rank = shape.depth - 1, shape.rank
+        if self.shape and pairs is not None:
+            place = _linked(pairs, self.ranks)[0]
+            rank = place.gather(-1, slot[:, None].expand(*place.shape[:-1], 1))[..., 0]
+            slot = slot.expand_as(rank)
+        if rank.ndim == 1:
+            tokens = tokens[..., slot, rank]
         else:
-            tokens = tokens.flatten(-2).gather(-1, slot * tokens.shape[-1] + shape.rank)
-        return Tree(tokens, shape, candidates.q, slot)
+            tokens = tokens.flatten(-2).gather(-1, slot * tokens.shape[-1] + rank)
+        return Tree(tokens, shape, candidates.q, shape.depth - 1)

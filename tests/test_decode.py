@@ -43,7 +43,7 @@ def test_plain_decoding_equals_the_naive_loop(temperature):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("kind", list(drafters.KINDS))
+@pytest.mark.parametrize("kind", toys.KINDS)
 def test_every_drafter_gives_the_tokens_of_plain_decoding(kind, temperature):
     target = toys.target(torch.float64)
     for k in range(1, toys.K + 1):

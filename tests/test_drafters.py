@@ -25,10 +25,10 @@ def decoded_logits(drafter, features, ids, anchor, k):
     """Logits of all k slots as decoding makes them, with row `anchor` as the newest real row."""
     cache, seen = KVCache(max(1, drafter.spec.layers), 64), []
 
-    def choose(logits, slots):
+    def choose(logits, slots, pairs=None):
         seen.append(logits)
         best = logits.argmax(-1, keepdim=True)
-        return Candidates(best, best, None)
+        return Candidates(best, best, None, pairs and pairs(best))
 
     if anchor:
         drafter.prefill(features[:, :anchor], ids[:, 1 : anchor + 1], cache)
@@ -40,13 +40,13 @@ def decoded_logits(drafter, features, ids, anchor, k):
     return torch.cat(seen), tokens
 
 
-OPTIONS = [{}, {"layers": 2}, {"mask_mode": "shared", "layers": 2}, {"attention": "dense"}, {"taps": [1]}]
+OPTIONS = [{}, {"layers": 2}, {"mask_mode": "shared", "layers": 2}, {"attention": "dense"}, {"taps": [1]}, {"link": 8}]
 
 
 @pytest.mark.parametrize("changes", OPTIONS, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_training_forward_equals_decoding_forward(kind, changes):
-    if "taps" in changes and not kind.endswith("-ps"):
+    if {"taps", "link"} & changes.keys() and not kind.endswith("-ps"):
         pytest.skip("refused")
     target = toys.target()
     drafter = toys.drafter(kind, target, **changes)
@@ -54,13 +54,40 @@ def test_training_forward_equals_decoding_forward(kind, changes):
     ids, n = batch["input_ids"], batch["input_ids"].shape[1]
     features = train.teacher(target, batch, drafter.spec.taps)
     depth, anchor = groups.layout(n - 1, drafter.masks)
-    slots = train.slots(drafter, batch, features, depth, anchor, [n - 1] * (drafter.masks + 1))
+    slots = train.slots(drafter, batch, features, depth, anchor, [n - 1] * (drafter.masks + 1), alone=1)
     assert len(slots.sizes) == (1 if kind == "eagle" else toys.K)
     for t in range(n - 1):
         for k in (1, toys.K):
             decoded, _ = decoded_logits(drafter, features, ids, t, k)
             for slot, hidden in enumerate(slots.parts()[:k]):
                 torch.testing.assert_close(drafter.logits(hidden[:, t], slot)[0], decoded[slot], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["eagle-ps", "medusa-ps"])
+def test_training_links_equal_decoding_links(kind):
+    """Candidates among which the text's tokens are: after these a slot's logits are those of training on the text."""
+    target = toys.target()
+    drafter = toys.drafter(kind, target, link=8)
+    batch = one_document()
+    ids, n = batch["input_ids"], batch["input_ids"].shape[1]
+    features = train.teacher(target, batch)
+    depth, anchor = groups.layout(n - 1, drafter.masks)
+    counts = [n - 1] * (drafter.masks + 1)
+    made, deaf, most = (train.slots(drafter, batch, features, depth, anchor, counts, a) for a in (0, 1, 4))
+    share = (most.hidden == deaf.hidden).all(-1).float().mean()
+    assert 0.2 < share < 0.3 and ((most.hidden == deaf.hidden) | (most.hidden == made.hidden)).all()
+    for t in range(n - 1 - toys.K):
+        cache = KVCache(max(1, drafter.spec.layers), 64)
+        if t:
+            drafter.prefill(features[:, :t], ids[:, 1 : t + 1], cache)
+        hidden = drafter.ahead(features[:, t : t + 1], ids[:, t + 1 : t + 2], toys.K, cache)
+        others = torch.randint(0, toys.VOCAB, (toys.K, 4), generator=torch.Generator().manual_seed(t))
+        tokens = torch.cat([others, ids[0, t + 2 : t + 2 + toys.K, None]], 1)  # the text's is the last candidate
+        found = drafter.pairs(hidden, tokens, ids[0, t + 1])
+        assert torch.equal(found[0, 0], found[0, -1]) and not torch.equal(found[1, 0], found[1, -1])
+        for slot, rows in enumerate(made.parts()):
+            expected = drafter.logits(rows[0, t], slot)[tokens[slot]]
+            torch.testing.assert_close(found[slot, -1], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_later_eagle_slots_equal_a_forward_without_a_cache():
@@ -242,7 +269,7 @@ def test_acceptance_equals_counting_by_hand():
         assert values[f"accept_cond_{slot}"] == pytest.approx(hit[slot] / max(1, tried[slot]))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", toys.KINDS)
 def test_training_lowers_the_loss_and_round_trips(kind, tmp_path):
     target = toys.target()
     spec = toys.drafter(kind, target).spec
@@ -301,13 +328,14 @@ def test_taps_are_the_layers_outputs_before_the_feature():
     features = train.teacher(target, batch, [2, 1])
     torch.testing.assert_close(features, torch.cat([states[2], states[1], states[3]], -1))
     torch.testing.assert_close(target.logits(features), target.model(batch["input_ids"]).logits)
-    for kind, taps, message in [
-        ("eagle", [1], "reads the last"),
-        ("eagle-ps", [3], "1 to 2"),
-        ("eagle-ps", [0], "1 to"),
+    for kind, changes, message in [
+        ("eagle", {"taps": [1]}, "are for medusa-ps"),
+        ("eagle", {"link": 8}, "are for medusa-ps"),
+        ("eagle-ps", {"taps": [3]}, "1 to 2"),
+        ("eagle-ps", {"taps": [0]}, "1 to"),
     ]:
         with pytest.raises(UserError, match=message):
-            toys.drafter(kind, target, taps=taps)
+            toys.drafter(kind, target, **changes)
 
 
 def test_slots_join_over_the_curriculum():

@@ -50,6 +50,7 @@ def test_names():
         ('title = "a"\n[drafters.x]\nkind = "eagle-ps"\ncurriculum = 1.5', "curriculum is a share"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\ncurriculum = 0.5', "not eagle"),
         ('title = "a"\n[drafters.x]\nkind = "medusa"\ntaps = [1]', "not medusa"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\nlink = 8', "not eagle"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nlabels = "softe"', "did you mean soft"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nattention = "dens"', "did you mean dense"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nmask_mode = "share"', "did you mean shared"),

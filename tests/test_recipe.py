@@ -9,7 +9,7 @@ import pytest
 import torch
 import toys
 
-from psnb import recipe
+from psnb import drafters, recipe
 from psnb.decode import Settings, speculative
 from psnb.errors import UserError
 from psnb.profile import DrafterSpec, FitSpec, load
@@ -73,10 +73,12 @@ def test_text_needs_prompts(target):
         ("eagle", {"attention": "dense"}),
         ("eagle-ps", {"taps": [1], "layers": 2}),
         ("eagle-ps", {"mask_mode": "shared"}),
+        ("medusa-ps", {"link": 8}),
     ],
 )
-def test_rounds_are_those_of_decoding(target, written, kind, changes):
+def test_rounds_are_those_of_decoding(target, written, kind, changes, monkeypatch):
     """Row 0's noise is that of a generation with the same seed: same text, same rounds."""
+    monkeypatch.setattr(drafters.parallel, "WIDTH", toys.VOCAB)  # every token is a candidate, as in `drafted`
     drafter = toys.drafter(kind, target, **changes)
     ids, end = written["input_ids"][0].tolist(), int((written["document"][0] == 0).sum())
     settings = Settings(

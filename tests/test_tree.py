@@ -86,6 +86,54 @@ def test_best_first_survives_impossible_tokens():
     assert set(check(BestFirst(3, 8, 8)(given))) >= {(0,), (0, 0), (0, 0, 0)}
 
 
+def linked_paths(pairs, shape):
+    """By node its path of candidates and what that is worth, written out."""
+    found = {0: ((), 0.0)}
+    for row, (parent, depth, of) in enumerate(zip(*(x.tolist() for x in shape[:3]), strict=True), start=1):
+        path, worth = found[parent]
+        assert len(path) == depth - 1
+        found[row] = (*path, of), worth + pairs[depth - 1, path[-1] if path else 0, of].item()
+    return [found[row] for row in sorted(found) if row]
+
+
+@pytest.mark.parametrize("nodes", [1, 5, 12])
+def test_the_best_tree_of_linked_slots(nodes):
+    """Every kept node is worth no less than any path of the best three candidates a slot that is left out."""
+    k, width, generator = 3, 3, torch.Generator().manual_seed(nodes)
+    pairs = torch.randn(k, width, width, generator=generator).log_softmax(-1)
+    pairs[0] = pairs[0, 0]
+    builder = BestFirst(k, nodes, width)
+    found = linked_paths(pairs, builder(pairs[:, 0], pairs))
+    assert len({path for path, _ in found}) == nodes
+    every = {}
+    for ranks in (p for n in range(1, k + 1) for p in itertools.product(range(width), repeat=n)):
+        row, path, worth = 0, [], 0.0
+        for slot, rank in enumerate(ranks):
+            of = pairs[slot, row].argsort(descending=True)[rank].item()
+            worth, row = worth + pairs[slot, row, of].item(), of
+            path.append(of)
+        every[tuple(path)] = ranks, worth
+    contenders = {tuple(p) for p in tree._contenders(k, nodes, width)}
+    able = sorted((worth for ranks, worth in every.values() if ranks in contenders), reverse=True)
+    assert sorted((worth for _, worth in found), reverse=True) == pytest.approx(able[:nodes], abs=1e-6)
+
+
+@pytest.mark.parametrize(("kind", "nodes"), [("chain", 0), ("static", 12)])
+def test_a_fixed_shape_of_linked_slots(kind, nodes):
+    """Rank r below a node is the r-th best candidate after that node's."""
+    k, width = 4, 10
+    pairs = torch.randn(2, k, width, width, generator=torch.Generator().manual_seed(3))
+    tokens = torch.randperm(2 * k * width, generator=torch.Generator().manual_seed(4)).view(2, k, width)
+    plan = Plan(kind, k, nodes, vocab=99, width=width)
+    made = plan(Candidates(tokens, torch.zeros(2, k, width), None, pairs))
+    for b in range(2):
+        at = {(): 0}
+        for node, path in enumerate(rank_paths(made.shape)):
+            slot = len(path) - 1
+            at[path] = pairs[b, slot, at[path[:-1]]].argsort(descending=True)[path[-1]].item()
+            assert made.tokens[b, node] == tokens[b, slot, at[path]]
+
+
 def test_a_plan_puts_the_candidates_in_place():
     tokens = torch.arange(40).view(4, 10)
     made = Plan("static", 4, 12, vocab=99)(Candidates(tokens, torch.zeros(4, 10), None))

@@ -14,6 +14,7 @@ from psnb.target import Target
 
 VOCAB = 61
 K = 4
+KINDS = [*drafters.KINDS, "medusa-ps linked", "eagle-ps linked"]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
@@ -50,7 +51,10 @@ def target(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: object)
 
 
 def drafter(kind: str, of: Target, seed: int = 1, **changes: object) -> Drafter:
+    """A random drafter of one of `KINDS`."""
     torch.manual_seed(seed)
+    kind, *linked = kind.split()
+    changes = {"link": 8, **changes} if linked else changes
     spec = DrafterSpec(kind=kind, **{"k": K, "train": FitSpec(steps=3, rows=2, warmup=1), **changes})
     made = drafters.build(spec, of)
     for weight in made.parameters():

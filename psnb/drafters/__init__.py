@@ -25,8 +25,8 @@ def build(spec: DrafterSpec, target: Target) -> Drafter:
     """A new drafter for `target`, on its device, in float32."""
     if spec.kind not in KINDS:
         raise UserError(f"unknown drafter kind {spec.kind!r}; {nearest(spec.kind, KINDS)}")
-    if spec.taps and not spec.kind.endswith("-ps"):
-        raise UserError(f"drafter {spec.kind} reads the last feature alone: taps are for medusa-ps and eagle-ps")
+    if (spec.taps or spec.link) and not spec.kind.endswith("-ps"):
+        raise UserError(f"drafter {spec.kind}: taps and link are for medusa-ps and eagle-ps")
     if not all(0 < tap < target.layers for tap in spec.taps):
         raise UserError(f"drafter {spec.kind}: taps {spec.taps} must be layers 1 to {target.layers - 1} of the target")
     return KINDS[spec.kind](spec, target).to(target.device)

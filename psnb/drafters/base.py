@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -16,7 +17,8 @@ from psnb.target import Target
 from psnb.tree import Candidates, Plan, Tree
 
 Mask = Tensor | groups.Rows
-Choose = Callable[..., Candidates]  # (logits [r, V] of slots first, first + 1, ... or all of one slot) -> candidates
+# (logits [r, V] of slots first, first + 1, ... or all of one slot, and of linked slots `pairs`) -> candidates
+Choose = Callable[..., Candidates]
 
 
 def gather(rows: Tensor, at: Tensor) -> Tensor:
@@ -32,6 +34,27 @@ def last(rows: Tensor, valid: Tensor | None, count: int = 1, beyond: int = 0) ->
     return gather(rows, at)
 
 
+class Link(nn.Module):
+    """What a slot's row h becomes once the token x before it is known: h + B silu(A [h; e(x)]), h alone at the start.
+
+    Slots drafted in one pass do not know each other's tokens. This is the part of Hydra's sequential heads (arXiv
+    2402.05109) that needs no second pass: it is computed for all candidates of all slots at once.
+    """
+
+    def __init__(self, width: int, rank: int) -> None:
+        super().__init__()
+        self.row, self.token = nn.Linear(width, rank, bias=False), nn.Linear(width, rank, bias=False)
+        self.write = nn.Linear(rank, width, bias=False)
+        for part in (self.row, self.token):
+            nn.init.normal_(part.weight, std=width**-0.5)
+        nn.init.zeros_(self.write.weight)
+
+    def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
+        """hidden [..., H], embedded [..., H] of the tokens before (shapes that broadcast) -> [..., H]."""
+        even = F.rms_norm(embedded, embedded.shape[-1:])
+        return hidden + self.write(F.silu(self.row(hidden) + self.token(even)))
+
+
 class Drafter(nn.Module):
     """A drafter q. It borrows the target's embedding and `lm_head` (frozen, not copied, not saved).
 
@@ -42,6 +65,7 @@ class Drafter(nn.Module):
     one_pass = True  # all slots from one forward, so `marginals` exists
     frozen_head = True  # `logits` is the target's own projection
     first_slot = 0  # slot of the real row; -1 where it drafts nothing
+    width = 0  # candidates of a slot in a draft (0: as the tree needs)
     glue: tuple[str, ...] = ("last",)  # functions of a draft, beside the layers, that an engine may compile
 
     last = staticmethod(last)
@@ -50,6 +74,7 @@ class Drafter(nn.Module):
         super().__init__()
         self.spec = spec
         self.k = spec.k
+        self.link: Link | None = None  # what a slot's row hears of the token before it
         object.__setattr__(self, "target", target)  # not a submodule: frozen, shared, never saved here
 
     @property

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Drafter, Layers, Mask, gather, start_norm
+from psnb.drafters.base import Choose, Drafter, Layers, Link, Mask, gather, start_norm
 from psnb.drafters.eagle import Eagle
 from psnb.profile import DrafterSpec
 from psnb.target import Target
+from psnb.tree import Plan, Tree
+
+WIDTH = 16  # candidates of a linked slot
 
 
 class Parallel(Drafter):
@@ -18,6 +21,11 @@ class Parallel(Drafter):
 
     body: Layers
     glue = ("last", "arrange")
+
+    def __init__(self, spec: DrafterSpec, target: Target) -> None:
+        super().__init__(spec, target)
+        if spec.link:
+            self.link, self.width = Link(target.hidden_size, spec.link), WIDTH
 
     def real(self, features: Tensor, next_ids: Tensor) -> Tensor:
         """Inputs of the real rows: features [B, m, (1 + taps) * H], next_ids [B, m] -> [B, m, H]."""
@@ -58,12 +66,41 @@ class Parallel(Drafter):
         order = torch.where(late < 0, row, torch.where(late < masks, late + m, row - masks))
         return gather(inputs, order)
 
-    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None) -> Tensor:
+    def ahead(self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None) -> Tensor:
+        """As `marginals`, the rows of the slots instead of their logits: [k, H], with `valid` [B, k, H]."""
         masks, held = k - 1 - self.first_slot, cache.length
         hidden = self.body.extend(self.arrange(features, next_ids, masks, valid), cache)
         cache.crop(held + (next_ids.shape[1] if valid is None else valid))
-        logits = self.logits(self.last(hidden, valid, k, masks), 0)
-        return logits[0] if valid is None else logits
+        hidden = self.last(hidden, valid, k, masks)
+        return hidden[0] if valid is None else hidden
+
+    def marginals(self, features: Tensor, next_ids: Tensor, k: int, cache: Any, valid: Tensor | None = None) -> Tensor:
+        return self.logits(self.ahead(features, next_ids, k, cache, valid), 0)
+
+    def draft(
+        self, features: Tensor, next_ids: Tensor, plan: Plan, choose: Choose, cache: Any, valid: Tensor | None = None
+    ) -> Tree:
+        hidden = self.ahead(features, next_ids, plan.k, cache, valid)
+        root = next_ids[0, -1] if valid is None else self.last(next_ids[..., None], valid)[:, 0, 0]
+        return self.plant(self.logits(hidden, 0), hidden, root, plan, choose)
+
+    def plant(self, logits: Tensor, hidden: Tensor, root: Tensor, plan: Plan, choose: Choose) -> Tree:
+        """The tree from the slots' logits and rows [(B,) k, ...] and the token before the first of them [(B,)]."""
+        slots = slice(0, plan.k)
+        if self.link is None:
+            return plan(choose(logits, slots))
+        return plan(choose(logits, slots, lambda tokens: self.pairs(hidden, tokens, root)))
+
+    def pairs(self, hidden: Tensor, tokens: Tensor, root: Tensor) -> Tensor:
+        """Logits of each slot's candidates after each of the slot before (slot 0: all rows are alike, after the root).
+
+        hidden [(B,) k, H], tokens [(B,) k, W], root [(B,)] -> [(B,) k, W (the token before), W].
+        """
+        before = torch.cat([root[..., None, None].expand_as(tokens[..., :1, :]), tokens[..., :-1, :]], -2)
+        heard = self.link(hidden[..., None, :], self.target.embed(before))
+        head = self.target.model.get_output_embeddings()
+        logits = heard @ head.weight[tokens].transpose(-1, -2)
+        return logits if head.bias is None else logits + head.bias[tokens][..., None, :]
 
 
 class EaglePS(Parallel):
