@@ -190,7 +190,7 @@ def _equal_time(summary: pd.DataFrame) -> float | None:
 
 
 def _sibling_goals(summary: pd.DataFrame) -> list[Goal]:
-    """Each parallel drafter (`eagle-ps`, `eagle-ps-tokens`, ...) over its sibling in speed at their best, all tasks."""
+    """Each parallel drafter (`eagle-ps`, `eagle-ps-alone`, ...) over its sibling in speed at their best, all tasks."""
     made: list[Goal] = []
     rows = pick(summary, "speedup_vs_plain", stage=SPEEDUP)
     for kind, bound in (("medusa-ps", 1.62), ("eagle-ps", 1.25)):
