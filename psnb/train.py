@@ -117,8 +117,7 @@ def slots(
     hidden = hidden[:, -len(made.slot) :]
     if drafter.link is not None and alone != 1:
         heard = drafter.link(hidden, drafter.target.embed(ids[:, made.place]))
-        deaf = (made.anchor + made.slot) % alone == 0 if alone else torch.zeros_like(made.slot, dtype=torch.bool)
-        hidden = torch.where(deaf[:, None], hidden, heard)
+        hidden = torch.where(((made.anchor + made.slot) % alone == 0)[:, None], hidden, heard) if alone else heard
     return made._replace(hidden=hidden)
 
 

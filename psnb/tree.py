@@ -234,12 +234,14 @@ class Plan:
         self.beam = min(beam, vocab)
         self.shape: Shape | None = None
         if kind in ("chain", "static"):
-            self.shape = fixed(paths(kind, k, nodes), device)
+            ranks = paths(kind, k, nodes)
+            self.shape = fixed(ranks, device)
             self.nodes, self.siblings = len(self.shape.rank), int(self.shape.rank.max()) + 1
             self.width, self.k = max(self.siblings, min(width, vocab)), int(self.shape.depth.max())
-            self.ranks = self._ranks().to(device)
+            full = [[*path, *[0] * (self.k - len(path))] for path in sorted(ranks, key=lambda path: (len(path), path))]
+            self.ranks = torch.tensor(full, device=device)  # along the path of a node
         elif kind == "best_first":
-            self.nodes, self.width = nodes, min(width or nodes, vocab)
+            self.nodes, self.width = nodes, min(max(width, -(-nodes // k)) if width else nodes, vocab)
             self.siblings = self.width
             self.builder = BestFirst(k, nodes, self.width, device)
         else:
@@ -248,15 +250,6 @@ class Plan:
                 raise UserError(f"a dynamic tree of k = {k} has at most {most} nodes, not {nodes}: raise k")
             self.nodes, self.width, self.siblings = nodes, self.beam, self.beam
         self.levels = self._levels() if self.shape else []
-
-    def _ranks(self) -> Tensor:
-        """Of each node of a fixed shape the ranks along its path [N, k], zeros behind its own."""
-        parent, rank, depth = (part.tolist() for part in (self.shape.parent, self.shape.rank, self.shape.depth))
-        made = torch.zeros(self.nodes + 1, self.k, dtype=torch.long)
-        for row, (above, of, deep) in enumerate(zip(parent, rank, depth, strict=True), start=1):
-            made[row] = made[above]
-            made[row, deep - 1] = of
-        return made[1:]
 
     def _levels(self) -> list[tuple[Tensor, Tensor, Tensor]]:
         """By level of a fixed shape: its nodes' parents among the rows expanded above, ranks, and who is expanded."""

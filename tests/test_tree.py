@@ -118,6 +118,15 @@ def test_the_best_tree_of_linked_slots(nodes):
     assert sorted((worth for _, worth in found), reverse=True) == pytest.approx(able[:nodes], abs=1e-6)
 
 
+@pytest.mark.parametrize(("k", "nodes"), [(1, 50), (2, 40), (3, 5)])
+def test_few_candidates_make_a_large_tree(k, nodes):
+    """A slot has more candidates than asked for where the tree could not be filled otherwise."""
+    plan = Plan("best_first", k, nodes, vocab=99, width=3)
+    pairs = torch.randn(k, plan.width, plan.width).log_softmax(-1)
+    found = linked_paths(pairs, plan.builder(pairs[:, 0], pairs))
+    assert len({path for path, _ in found}) == nodes and plan.width >= 3
+
+
 @pytest.mark.parametrize(("kind", "nodes"), [("chain", 0), ("static", 12)])
 def test_a_fixed_shape_of_linked_slots(kind, nodes):
     """Rank r below a node is the r-th best candidate after that node's."""
