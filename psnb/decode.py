@@ -295,6 +295,7 @@ def speculative(target: Target, drafter: Drafter, prompt: Sequence[int], setting
     rules tokens of the same distribution. Raises `UserError` (see `check`).
     """
     check(target, prompt, settings, drafter)
+    drafter.ready()
     result = Generation(list(prompt))
     stops, sampler = Stops(result, settings), Sampler(target, settings)
     plan = Plan(settings.tree, settings.k, settings.nodes, target.vocab_size, device=target.device, width=drafter.width)

@@ -233,6 +233,7 @@ class Engine:
         self.plan, self.depth, nodes, scratch, taps = None, 0, 0, 0, ()
         if drafter is not None:
             of = settings
+            drafter.ready()
             self.plan = Plan(of.tree, of.k, of.nodes, target.vocab_size, device=device, width=drafter.width)
             self.depth, nodes, taps = self.plan.k, self.plan.nodes, drafter.spec.taps
             scratch = self.depth + drafter.k + (self.depth * self.plan.beam if of.tree == "dynamic" else 0)

@@ -583,6 +583,7 @@ def draft_times(
     places = torch.arange(context + 2, device=target.device)[None]
     caches, features = {}, {}
     for name, drafter in drafters.items():
+        drafter.ready()
         caches[name] = KVCache(max(1, drafter.spec.layers), context + 16 + max(ks))
         features[name] = target.features(ids, places, None, taps=drafter.spec.taps)
         drafter.prefill(features[name][:, :context], ids[:, :context], caches[name])

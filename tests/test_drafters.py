@@ -33,6 +33,7 @@ def decoded_logits(drafter, features, ids, anchor, k):
     if anchor:
         drafter.prefill(features[:, :anchor], ids[:, 1 : anchor + 1], cache)
     plan = Plan("chain", k, k, drafter.target.vocab_size)
+    drafter.ready()
     tokens = drafter.draft(
         features[:, anchor : anchor + 1], ids[:, anchor + 1 : anchor + 2], plan, choose, cache
     ).tokens
@@ -74,6 +75,7 @@ def test_training_links_equal_decoding_links(kind):
     depth, anchor = groups.layout(n - 1, drafter.masks)
     counts = [n - 1] * (drafter.masks + 1)
     made, deaf, most = (train.slots(drafter, batch, features, depth, anchor, counts, a) for a in (0, 1, 4))
+    drafter.ready()
     share = (most.hidden == deaf.hidden).all(-1).float().mean()
     assert 0.2 < share < 0.3 and ((most.hidden == deaf.hidden) | (most.hidden == made.hidden)).all()
     for t in range(n - 1 - toys.K):
@@ -83,11 +85,23 @@ def test_training_links_equal_decoding_links(kind):
         hidden = drafter.ahead(features[:, t : t + 1], ids[:, t + 1 : t + 2], toys.K, cache)
         others = torch.randint(0, toys.VOCAB, (toys.K, 4), generator=torch.Generator().manual_seed(t))
         tokens = torch.cat([others, ids[0, t + 2 : t + 2 + toys.K, None]], 1)  # the text's is the last candidate
-        found = drafter.pairs(hidden, tokens, ids[0, t + 1])
+        found = drafter.pairs(drafter.logits(hidden, 0), hidden, tokens, ids[0, t + 1])
         assert torch.equal(found[0, 0], found[0, -1]) and not torch.equal(found[1, 0], found[1, -1])
         for slot, rows in enumerate(made.parts()):
             expected = drafter.logits(rows[0, t], slot)[tokens[slot]]
             torch.testing.assert_close(found[slot, -1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_link_takes_from_its_weights_is_made_anew_after_training_and_not_saved():
+    drafter = toys.drafter("eagle-ps", toys.target(), link=8)
+    drafter.ready()
+    before = drafter.written
+    drafter.ready()
+    assert drafter.written is before and not {"heard", "written"} & drafter.state_dict().keys()
+    drafter.train()
+    drafter.link.write.weight.data.mul_(2)
+    drafter.eval().ready()
+    torch.testing.assert_close(drafter.written, 2 * before)
 
 
 def test_later_eagle_slots_equal_a_forward_without_a_cache():

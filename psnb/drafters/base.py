@@ -51,8 +51,11 @@ class Link(nn.Module):
 
     def forward(self, hidden: Tensor, embedded: Tensor) -> Tensor:
         """hidden [..., H], embedded [..., H] of the tokens before (shapes that broadcast) -> [..., H]."""
-        even = F.rms_norm(embedded, embedded.shape[-1:])
-        return hidden + self.write(F.silu(self.row(hidden) + self.token(even)))
+        return hidden + self.write(F.silu(self.row(hidden) + self.hear(embedded)))
+
+    def hear(self, embedded: Tensor) -> Tensor:
+        """What the token before adds to the middle of the link: [..., H] -> [..., rank]."""
+        return self.token(F.rms_norm(embedded, embedded.shape[-1:]))
 
 
 class Drafter(nn.Module):
@@ -95,6 +98,9 @@ class Drafter(nn.Module):
     def logits(self, hidden: Tensor, slot: int) -> Tensor:
         """hidden [..., H] of rows that draft `slot` -> logits [..., V]."""
         return self.target.logits(hidden)
+
+    def ready(self) -> None:
+        """Decoding: make once what drafts take from weights that stay as they are. To be called before the first."""
 
     def prefill(self, features: Tensor, next_ids: Tensor, cache: Any) -> None:
         """Decoding: put the real rows of features [1, m, H] and next_ids [1, m] into `cache`; draft nothing."""

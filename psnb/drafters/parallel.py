@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from psnb.drafters.base import Choose, Drafter, Layers, Link, Mask, gather, start_norm
@@ -26,6 +27,24 @@ class Parallel(Drafter):
         super().__init__(spec, target)
         if spec.link:
             self.link, self.width = Link(target.hidden_size, spec.link), WIDTH
+        self.register_buffer("heard", None, persistent=False)
+        self.register_buffer("written", None, persistent=False)
+
+    def train(self, mode: bool = True) -> Parallel:
+        self.heard = self.written = None
+        return super().train(mode)
+
+    def ready(self) -> None:
+        """By token, [V, rank] each: what a link hears of the one before, and what it writes to the logit of the next.
+
+        w (h + B silu(A h + C e)) = w h + (w B) silu(A h + C e): a pair costs `rank` products and no pass of the head.
+        """
+        if self.link is None or self.heard is not None:
+            return
+        model = self.target.model
+        with torch.inference_mode(False), torch.no_grad():
+            self.heard = self.link.hear(model.get_input_embeddings().weight)
+            self.written = model.get_output_embeddings().weight @ self.link.write.weight
 
     def real(self, features: Tensor, next_ids: Tensor) -> Tensor:
         """Inputs of the real rows: features [B, m, (1 + taps) * H], next_ids [B, m] -> [B, m, H]."""
@@ -89,18 +108,17 @@ class Parallel(Drafter):
         slots = slice(0, plan.k)
         if self.link is None:
             return plan(choose(logits, slots))
-        return plan(choose(logits, slots, lambda tokens: self.pairs(hidden, tokens, root)))
+        return plan(choose(logits, slots, lambda tokens: self.pairs(logits, hidden, tokens, root)))
 
-    def pairs(self, hidden: Tensor, tokens: Tensor, root: Tensor) -> Tensor:
+    def pairs(self, logits: Tensor, hidden: Tensor, tokens: Tensor, root: Tensor) -> Tensor:
         """Logits of each slot's candidates after each of the slot before (slot 0: all rows are alike, after the root).
 
-        hidden [(B,) k, H], tokens [(B,) k, W], root [(B,)] -> [(B,) k, W (the token before), W].
+        logits [(B,) k, V] of the slots' rows alone, these rows hidden [(B,) k, H], tokens [(B,) k, W], root [(B,)]
+        -> [(B,) k, W (the token before), W]. After `ready`.
         """
         before = torch.cat([root[..., None, None].expand_as(tokens[..., :1, :]), tokens[..., :-1, :]], -2)
-        heard = self.link(hidden[..., None, :], self.target.embed(before))
-        head = self.target.model.get_output_embeddings()
-        logits = heard @ head.weight[tokens].transpose(-1, -2)
-        return logits if head.bias is None else logits + head.bias[tokens][..., None, :]
+        middle = F.silu(self.link.row(hidden)[..., None, :] + self.heard[before])
+        return logits.gather(-1, tokens)[..., None, :] + middle @ self.written[tokens].transpose(-1, -2)
 
 
 class EaglePS(Parallel):
