@@ -22,7 +22,7 @@ def test_the_longer_study_takes_over_what_the_shorter_one_made():
     short, long = profile.load("h200"), profile.load("h200-long")
     assert (long.seed, long.data, long.target) == (short.seed, short.data, short.target)
     assert long.drafters["eagle-start"] == short.drafters["eagle"]
-    for name in ("eagle", "eagle-ps", "medusa", "medusa-ps"):
+    for name in ("eagle", "eagle-ps"):
         (one, brief), (other, full) = ((of := p.drafters[name], of.train) for p in (short, long))
         assert full.steps > 5 * brief.steps and (one.kind, one.layers) == (other.kind, other.layers)
 
