@@ -213,7 +213,7 @@ class Plan:
 
     `chain`: k nodes in a row. `static`: published rank paths. `best_first`: the N best nodes of k slots. `dynamic`:
     what an autoregressive drafter grows, EAGLE-2's way: at each of k levels the `beam` best nodes are expanded by
-    their `beam` best tokens, and the N best of all stay. width: candidates of a slot (0: as the shape needs).
+    their `beam` best tokens, and the N best of all stay. width: candidates of a slot, at least.
     """
 
     def __init__(
@@ -241,7 +241,7 @@ class Plan:
             full = [[*path, *[0] * (self.k - len(path))] for path in sorted(ranks, key=lambda path: (len(path), path))]
             self.ranks = torch.tensor(full, device=device)  # along the path of a node
         elif kind == "best_first":
-            self.nodes, self.width = nodes, min(max(width, -(-nodes // k)) if width else nodes, vocab)
+            self.nodes, self.width = nodes, min(max(width, nodes), vocab)
             self.siblings = self.width
             self.builder = BestFirst(k, nodes, self.width, device)
         else:

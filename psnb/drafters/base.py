@@ -68,7 +68,7 @@ class Drafter(nn.Module):
     one_pass = True  # all slots from one forward, so `marginals` exists
     frozen_head = True  # `logits` is the target's own projection
     first_slot = 0  # slot of the real row; -1 where it drafts nothing
-    width = 0  # candidates of a slot in a draft (0: as the tree needs)
+    width = 0  # candidates of a slot in a draft, at least
     glue: tuple[str, ...] = ("last",)  # functions of a draft, beside the layers, that an engine may compile
 
     last = staticmethod(last)

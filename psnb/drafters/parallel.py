@@ -14,7 +14,7 @@ from psnb.profile import DrafterSpec
 from psnb.target import Target
 from psnb.tree import Plan, Tree
 
-WIDTH = 16  # candidates of a linked slot
+WIDTH = 32  # candidates of a linked slot, at least
 
 
 class Parallel(Drafter):
