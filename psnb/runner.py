@@ -245,6 +245,7 @@ def run(
     try:
         began = time.monotonic()
         executed = []
+        study.manifest.update(**study.facts())  # `--only` a notebook that reads them
         for path in chosen:
             if execute(study, path, given.get(path.stem, {}), name):
                 executed.append(path.stem)
