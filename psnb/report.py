@@ -8,27 +8,31 @@ from __future__ import annotations
 import base64
 import html as escaping
 import io
+import math
 import re
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import math_to_image
 
 from psnb import manifest
 from psnb.errors import UserError
-from psnb.measure import COLUMNS
+from psnb.measure import BASELINES, COLUMNS
 from psnb.plots import at_best, order, pick, shape_name, with_k
 
 if TYPE_CHECKING:
     from nbconvert import HTMLExporter
 
 SPEEDUP, DRAFT_TIMES, LENGTHS = "04_speedup", "03_draft_times", "03_draft_length"  # stages of summary.csv
-LOSSLESS, COST = "05_losslessness", "07_cost"
-Goal = tuple[str, str, float, float | None]  # what, at most or at least or above, the bound, measured
+LOSSLESS, TOYS, COST = "05_losslessness", "05_toys", "07_cost"
+Found = tuple[float, float, float] | None  # value, low, high; the value three times where no interval is known
+Claim = tuple[str, str, str, str]  # what is claimed, where, what was measured, verdict
+Goal = tuple[str, str, float, Found]  # what, at most or at least or above, the bound, measured
 MIDDLE = 0.7  # the temperature at which the study states its main numbers
 SIBLINGS = {"eagle-ps": "eagle", "medusa-ps": "medusa"}
 LARGE = ("llama-2-7b x 1", "llama-2-13b x 1")  # where reading the weights is most of a plain step
@@ -45,30 +49,105 @@ def load(path: Path) -> pd.DataFrame:
     return with_k(pd.read_csv(path, keep_default_na=False, na_values=numbers))
 
 
-def value(summary: pd.DataFrame, metric: str, method: str, **where: Any) -> float | None:
-    """One number: the row measured on the most prompts; None where there is none."""
+def found(summary: pd.DataFrame, metric: str, method: str, **where: Any) -> Found:
+    """One number with its interval: the row measured on the most prompts; None where there is none."""
     rows = pick(summary, metric, method=method, **where).sort_values("n")
-    return None if rows.empty else float(rows.value.iloc[-1])
+    if rows.empty:
+        return None
+    at, low, high = rows[["value", "low", "high"]].astype(float).iloc[-1]
+    return (at, at, at) if math.isnan(low) or math.isnan(high) else (at, low, high)
+
+
+def value(summary: pd.DataFrame, metric: str, method: str, **where: Any) -> float | None:
+    """`found` without its interval."""
+    row = found(summary, metric, method, **where)
+    return None if row is None else row[0]
 
 
 def ratio(above: float | None, below: float | None) -> float | None:
     return above / below if above is not None and below else None
 
 
-def best(summary: pd.DataFrame, temperature: float = MIDDLE) -> pd.DataFrame:
-    """The whole-set rows of the speedup notebook at one temperature, each method at its best draft shape there."""
-    return at_best(pick(summary, stage=SPEEDUP, task="all", temperature=temperature))
+def over(above: Found, below: Found) -> Found:
+    """A ratio with its interval, as if the two were independent: on the same prompts it is narrower than that."""
+    if above is None or below is None or not below[0]:
+        return None
+    at = above[0] / below[0]
+    if min(above[1], below[1]) <= 0:
+        return at, at, at
+    (a, a_low, a_high), (b, b_low, b_high) = (tuple(map(math.log, ends)) for ends in (above, below))
+    return at, at / math.exp(math.hypot(a - a_low, b_high - b)), at * math.exp(math.hypot(a_high - a, b - b_low))
 
 
-def _spread(row: pd.Series) -> str:
-    return f"{row.value:.2f} ({row.low:.2f} to {row.high:.2f})"
+def met(sign: str, bound: float, measured: Found) -> str:
+    """yes, no, undecided (the interval holds the bound), not measured."""
+    if measured is None:
+        return "not measured"
+    low, high = ({"at most": x <= bound, "at least": x >= bound, "above": x > bound}[sign] for x in measured[1:])
+    return "undecided" if low != high else "yes" if low else "no"
+
+
+def temperatures(summary: pd.DataFrame) -> list[float]:
+    """Those of the speedup notebook, ascending."""
+    return sorted(pick(summary, stage=SPEEDUP, task="all").temperature.dropna().unique())
+
+
+def nearest(summary: pd.DataFrame) -> float:
+    """Of these the one nearest to `MIDDLE`, at which the main numbers are stated."""
+    return min(temperatures(summary), key=lambda t: abs(t - MIDDLE), default=MIDDLE)
+
+
+def best(summary: pd.DataFrame, temperature: float | None = None) -> pd.DataFrame:
+    """The whole-set rows of the speedup notebook, each method with its best draft; at one temperature or at all.
+
+    A method's best draft is one for all temperatures (`plots.at_best`), so that every table and figure has the same.
+    """
+    rows = at_best(pick(summary, stage=SPEEDUP, task="all"))
+    return rows if temperature is None else pick(rows, temperature=temperature)
+
+
+def draft_name(rows: pd.DataFrame, method: str) -> str:
+    """A method with its draft in `best`'s rows: eagle-ps, best_first 32 (k = 8)."""
+    own = rows[rows.method == method]
+    shape = shape_name(*own.iloc[0][["k", "tree", "nodes"]]) if len(own) else ""
+    return f"{method}, {shape}" if shape else method
+
+
+def siblings(summary: pd.DataFrame, kind: str) -> list[str]:
+    """The parallel drafters of a kind that the speedup notebook timed: `eagle-ps` first, then `eagle-ps-alone`, ..."""
+    return order(m for m in pick(summary, stage=SPEEDUP).method if m == kind or m.startswith(f"{kind}-"))
+
+
+def _static(summary: pd.DataFrame) -> list[str]:
+    """How fast transformers' compiled generation is where notebook 7 timed it, by model."""
+    rows = pick(summary, "speedup_vs_plain", stage=COST, method="hf_static")
+    rows = rows[rows.task.astype(str).str.endswith(" x 1")]
+    return [
+        f"transformers' compiled generation ({row.task.removesuffix(' x 1')}, notebook 7) is {row.value:.2f} times as "
+        "fast as plain decoding"
+        for row in rows.itertuples()
+    ]
+
+
+def _at(texts: dict[float, str]) -> str:
+    """{T: text} as `text at T = 0, text at T = 0.7`."""
+    return ", ".join(f"{text} at T = {t:g}" for t, text in texts.items())
+
+
+def _heats(them: Sequence[float]) -> str:
+    return "T = " + ", ".join(f"{t:g}" for t in them)
+
+
+def _spread(row: Sequence[float]) -> str:
+    return f"{row[0]:.2f} ({row[1]:.2f} to {row[2]:.2f})"
 
 
 def headline(summary: pd.DataFrame) -> pd.DataFrame:
     """One row a method at its best draft shape: tokens per step, tokens/s, speedup a temperature with its interval."""
-    rows = at_best(pick(summary, stage=SPEEDUP, task="all"))
-    temperatures = sorted(rows.temperature.dropna().unique())
-    middle = min(temperatures, key=lambda t: abs(t - MIDDLE), default=MIDDLE)
+    rows, middle = best(summary), nearest(summary)
+    asked = pick(rows, "tokens_per_second", method="hf_generate", temperature=middle).n.max()  # often fewer prompts
+    fewer = asked < rows.n.max()  # not where either is NaN
+    generate = f"x generate, T = {middle:g}" + (f" ({asked:.0f} prompts)" if fewer else "")
     table = []
     for method in order(rows.method):
         own = rows[rows.method == method]
@@ -77,13 +156,46 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
         rate = value(own, "tokens_per_second", method, temperature=middle)
         line[f"tokens per step, T = {middle:g}"] = "1.00" if steps is None else f"{steps:.2f}"
         line[f"tokens/s, T = {middle:g}"] = "" if rate is None else f"{rate:.0f}"
-        for t in temperatures:
-            found = pick(own, "speedup_vs_plain", temperature=t)
-            line[f"x plain, T = {t:g}"] = "1" if method == "plain" else _spread(found.iloc[0]) if len(found) else ""
-        over = value(own, "speedup_vs_hf", method, temperature=middle)
-        line[f"x generate, T = {middle:g}"] = "1" if method == "hf_generate" else "" if over is None else f"{over:.2f}"
+        for t in temperatures(summary):
+            speed = found(own, "speedup_vs_plain", method, temperature=t)
+            line[f"x plain, T = {t:g}"] = "1" if method == "plain" else _spread(speed) if speed else ""
+        against = found(own, "speedup_vs_hf", method, temperature=middle)
+        line[generate] = "1" if method == "hf_generate" else _spread(against) if against else ""
         table.append(line)
     return pd.DataFrame(table)
+
+
+def notes(summary: pd.DataFrame, runs: pd.DataFrame | None = None) -> list[str]:
+    """What must be known to read `headline`: prompts, baselines, and how much plain decoding repeats itself.
+
+    `runs` are `measure.run`'s rows (04_runs.csv), which tell how many generations stopped because of it.
+    """
+    rows = best(summary)
+    if rows.empty:
+        return []
+    speeds = pick(rows, "speedup_vs_plain")
+    said = [
+        f"Speedups are ratios of total tokens per decode second, with 95 % bootstrap intervals over "
+        f"{'the' if speeds.empty else f'{speeds.n.max():.0f}'} prompts; each drafter has one draft, its best over the "
+        "temperatures.",
+        "*x plain* is against plain decoding in the same engine; tokens per step counts the target's own token.",
+    ]
+    few = pick(rows, "tokens_per_second", method="hf_generate").n.max()
+    if not pd.isna(few):
+        said.append(f"*x generate* is against `transformers`' `generate`, on {few:.0f} of the prompts.")
+    said += [f"{each[:1].upper()}{each[1:]}." for each in _static(summary)]
+    repeated = {}
+    if runs is not None and "stopped" in runs:
+        plain = runs[runs.method == "plain"]
+        repeated = (plain.stopped == "repeat").groupby(plain.temperature).mean().to_dict()
+        what = "generations stopped because they repeated themselves"
+    else:
+        repeated = pick(rows, "repeated_8gram_share", method="plain").set_index("temperature").value.to_dict()
+        what = "tokens end an 8-gram generated before"
+    if any(repeated.values()):
+        shares = _at({t: f"{share:.0%}" for t, share in sorted(repeated.items())})
+        said.append(f"Of plain decoding's {what} (and repeated text is easy to draft): {shares}.")
+    return said
 
 
 def drafting(summary: pd.DataFrame) -> pd.DataFrame:
@@ -123,61 +235,94 @@ def divergences(beside: pd.DataFrame) -> pd.DataFrame:
 
 
 def rules(summary: pd.DataFrame) -> pd.DataFrame:
-    """Tokens per step by method, tree and k: a column a rule."""
+    """Tokens per step by method, tree and k: a column a rule, with 95 % intervals where there are any."""
     rows = with_k(pick(summary, task="all"))
     rows = rows[rows.metric.str.endswith("tokens_per_step") & (rows.k > 0)]
     rule = rows.metric.str.removesuffix("tokens_per_step").str.strip("_").replace("", "coupled")
-    return rows.assign(rule=rule).pivot(index=["method", "tree", "k"], columns="rule", values="value").reset_index()
+    texts = [f"{at:.2f}" if math.isnan(low) else _spread((at, low, high)) for at, low, high in _ends(rows)]
+    table = rows.assign(rule=rule, text=texts).pivot(index=["method", "tree", "k"], columns="rule", values="text")
+    return table.fillna("").reset_index()
 
 
-def goals(summary: pd.DataFrame, gpu: bool = False, k: int = 5) -> pd.DataFrame:
-    """What the study set out to show, on a CPU or on a GPU: goal, wanted, measured, met (yes, no or not measured)."""
-    growth, counts, at = drafting(summary), lossless(summary), best(summary)
-    ratios = growth.set_index("method").ratio
-    span = (
-        f"k = {growth.k_max.max():.0f} against {growth.k_min.min():.0f}"
-        if len(growth)
-        else "longest against shortest k"
-    )
-    same_k = pick(with_k(summary), task="all", temperature=MIDDLE, k=k, tree="chain")
+def _ends(rows: pd.DataFrame) -> np.ndarray:
+    return rows[["value", "low", "high"]].to_numpy(float)
 
-    def over(rows: pd.DataFrame, metric: str) -> float | None:
-        return ratio(*(value(rows, metric, method) for method in ("eagle-ps", "eagle")))
+
+def drafting_goals(summary: pd.DataFrame, gpu: bool = False) -> dict[str, Goal]:
+    """What drafting time is expected to do from the shortest draft to the longest, by method.
+
+    One pass: nearly nothing. `eagle`, a pass a token: grow with k, by this share of the ratio of the lengths at least.
+    """
+    times, growth = pick(with_k(summary), "draft_ms", stage=DRAFT_TIMES), drafting(summary)
+    flat, share = (1.15, 6 / 8) if gpu else (1.3, 5 / 8)
+    made: dict[str, Goal] = {}
+    for method in dict.fromkeys(["eagle-ps", *order(m for m in growth.method if m.startswith("eagle-ps-")), "eagle"]):
+        own, least = growth[growth.method == method], ("at most", flat)
+        if own.empty:
+            span, measured = "longest against shortest k", None
+            least = least if method != "eagle" else ("at least", 8 * share)
+        else:
+            first, last = int(own.k_min.iloc[0]), int(own.k_max.iloc[0])
+            span = f"k = {last} against {first}"
+            measured = over(*(found(times, "draft_ms", method, k=k) for k in (last, first)))
+            least = least if method != "eagle" else ("at least", share * last / first)
+        expected = " (expected: a pass a token)" if method == "eagle" else ""
+        made[method] = (f"drafting time of {method}, {span}{expected}", *least, measured)
+    return made
+
+
+def goals(summary: pd.DataFrame, gpu: bool = False, k: int = 5, dtype: str = "float32") -> pd.DataFrame:
+    """What the study set out to show, on a CPU or on a GPU: goal, wanted, measured (95 % interval), met (see `met`).
+
+    `dtype` is the format in which the study's target was compared with plain decoding.
+    """
+    counts, at = lossless(summary), best(summary, MIDDLE)
+    same_k = pick(with_k(summary), stage=LENGTHS, task="all", temperature=MIDDLE, k=k, tree="chain")
+
+    def versus(rows: pd.DataFrame, metric: str) -> Found:
+        return over(*(found(rows, metric, method) for method in ("eagle-ps", "eagle")))
 
     table = []
-    for name, rows in (("greedy", counts[counts.temperature == 0]), ("coupled", counts[counts.temperature > 0])):
-        total = {column: f"{rows[column].sum():,}" for column in ("mismatches", "tokens compared", "numeric ties")}
-        words = f"{total['mismatches']} in {total['tokens compared']} tokens, {total['numeric ties']} numeric ties"
-        met = None if rows.empty else bool(rows.mismatches.sum() == 0)
-        table.append((f"{name} output equals plain decoding: mismatches", "0", words, met))
-    heat, flat, steep = f"T = {MIDDLE:g}", 1.15 if gpu else 1.3, 6 if gpu else 5
+    for of, toy in (("random toy models in float64", True), (f"the target in {dtype}", False)):
+        part = counts[(counts.stage == TOYS) == toy]
+        for name, rows in (("greedy", part[part.temperature == 0]), ("coupled", part[part.temperature > 0])):
+            total = {column: f"{rows[column].sum():,}" for column in ("mismatches", "tokens compared", "numeric ties")}
+            words = f"{total['mismatches']} in {total['tokens compared']} tokens, {total['numeric ties']} numeric ties"
+            equal = "not measured" if rows.empty else "no" if rows.mismatches.sum() else "yes"
+            what = f"{name} output equals plain decoding, {of}: mismatches"
+            table.append((what, "0", "" if rows.empty else words, equal))
+    heat = f"T = {MIDDLE:g}"
     own: list[Goal] = [
-        (f"drafting time of eagle-ps, {span}", "at most", flat, ratios.get("eagle-ps")),
-        (f"drafting time of eagle, {span}", "at least", steep, ratios.get("eagle")),
-        (f"slot 0 acceptance, eagle-ps over eagle, k = {k}, {heat}", "at least", 0.97, over(same_k, "accept_cond_0")),
-        (f"tokens per step, eagle-ps over eagle, k = {k}, {heat}", "at least", 0.9, over(same_k, "tokens_per_step")),
+        *drafting_goals(summary, gpu).values(),
+        (f"slot 0 acceptance, eagle-ps over eagle, k = {k}, {heat}", "at least", 0.97, versus(same_k, "accept_cond_0")),
+        (f"tokens per step, eagle-ps over eagle, k = {k}, {heat}", "at least", 0.9, versus(same_k, "tokens_per_step")),
         (f"tokens per step, eagle-ps over eagle at equal drafting time, {heat}", "above", 1, _equal_time(summary)),
     ]
     if gpu:
         own += [*_sibling_goals(summary), *_cost_goals(summary)]
     else:
-        speed = value(at, "speedup_vs_plain", "eagle-ps")
-        own.append((f"eagle-ps at its best k over plain decoding, {heat}", "at least", 1.5, speed))
-        over_eagle = over(at, "speedup_vs_plain")
-        own.append((f"eagle-ps over eagle, each at its best k, {heat}", "above", 1, over_eagle))
-    for what, sign, bound, found in (*own, *_tree_goals(summary)):
-        met = (
-            None
-            if found is None
-            else {"at most": found <= bound, "at least": found >= bound, "above": found > bound}[sign]
-        )
-        table.append((what, f"{sign} {bound:g}", "" if found is None else f"{found:.3g}", met))
-    words = {True: "yes", False: "no", None: "not measured"}
-    rows = [(*line, words[met]) for *line, met in table]
-    return pd.DataFrame(rows, columns=["goal", "wanted", "measured", "met"])
+        speed = found(at, "speedup_vs_plain", "eagle-ps")
+        own.append((f"eagle-ps with its best draft over plain decoding, {heat}", "at least", 1.5, speed))
+        against = versus(at, "speedup_vs_plain")
+        own.append((f"eagle-ps over eagle, each with its best draft, {heat}", "above", 1, against))
+    for what, sign, bound, measured in (*own, *_tree_goals(summary)):
+        table.append((what, f"{sign} {bound:.3g}", _shown(measured), met(sign, bound, measured)))
+    return pd.DataFrame(table, columns=["goal", "wanted", "measured", "met"])
 
 
-def _equal_time(summary: pd.DataFrame) -> float | None:
+def _shown(measured: Found) -> str:
+    if measured is None:
+        return ""
+    at, low, high = measured
+    return f"{at:.3g}" if low == high else f"{at:.3g} ({low:.3g} to {high:.3g})"
+
+
+def _point(number: float | None) -> Found:
+    """A number that has no interval."""
+    return None if number is None else (number, number, number)
+
+
+def _equal_time(summary: pd.DataFrame) -> Found:
     """Tokens per step of eagle-ps' best chain over those of the longest chain that eagle drafts in the same time."""
     times = pick(with_k(summary), "draft_ms", stage=DRAFT_TIMES).set_index(["method", "k"]).value
     rows = pick(with_k(summary), "tokens_per_step", stage=LENGTHS, tree="chain", task="all", temperature=MIDDLE)
@@ -186,48 +331,43 @@ def _equal_time(summary: pd.DataFrame) -> float | None:
         return None
     ours = steps["eagle-ps"].idxmax()
     able = [k for k in steps["eagle"].index if times["eagle"].get(k, 0) <= times["eagle-ps"].get(ours, 0)]
-    return steps["eagle-ps"][ours] / steps["eagle"][max(able, default=min(steps["eagle"].index))]
+    theirs = max(able, default=min(steps["eagle"].index))
+    return over(*(found(rows, "tokens_per_step", m, k=k) for m, k in (("eagle-ps", ours), ("eagle", theirs))))
 
 
 def _sibling_goals(summary: pd.DataFrame) -> list[Goal]:
     """Each parallel drafter (`eagle-ps`, `eagle-ps-alone`, ...) over its sibling in speed at their best, all tasks."""
     made: list[Goal] = []
-    rows = pick(summary, "speedup_vs_plain", stage=SPEEDUP)
     for kind, bound in (("medusa-ps", 1.62), ("eagle-ps", 1.25)):
-        methods = dict.fromkeys([kind, *order(m for m in rows.method if m.startswith(f"{kind}-"))])
-        for method, t in product(methods, sorted(rows.temperature.dropna().unique())):
+        for method, t in product(siblings(summary, kind), temperatures(summary)):
             at, other = best(summary, t), SIBLINGS[kind]
-            found = ratio(*(value(at, "speedup_vs_plain", m) for m in (method, other)))
-            made.append((f"{method} over {other}, each at its best draft, T = {t:g}", "at least", bound, found))
+            speed = over(*(found(at, "speedup_vs_plain", m) for m in (method, other)))
+            made.append((f"{method} over {other}, each with its best draft, T = {t:g}", "at least", bound, speed))
     return made
 
 
-def _most(values: pd.Series) -> float | None:
-    return None if values.dropna().empty else float(values.max())
+def _most(values: pd.Series) -> Found:
+    return None if values.dropna().empty else _point(float(values.max()))
 
 
 def _cost_goals(summary: pd.DataFrame) -> list[Goal]:
     """Of every shape in notebook 7, at batch 1: how close a plain step and a round come to what they could be."""
     rows, made = pick(summary, stage=COST), []
     for task in [task for task in rows.task.dropna().unique() if str(task).endswith(" x 1")]:
-        of = pick(rows, task=task)
-        drafted = of[~of.method.isin(("plain", "hf_static", "hf_generate"))]
+        of, name = pick(rows, task=task), f"{task.removesuffix(' x 1')} at batch 1"
+        drafted = of[~of.method.isin(BASELINES)]
         step = {m: value(of, "round_ms", m) for m in ("plain", "hf_static")}
         arm = ["method", "tree", "k", "nodes"]
         host, whole = (pick(drafted, metric).set_index(arm).value for metric in ("host_ms", "round_ms"))
         gaps = pick(drafted, "sum_gap").value.abs()
         if task in LARGE:
-            share = value(of, "floor_share", "plain")
-            made.append((f"{task}: reading the weights, share of a plain step", "at least", 0.8, share))
+            share = _point(value(of, "floor_share", "plain"))
+            made.append((f"{name}: reading the weights, share of a plain step", "at least", 0.8, share))
+        static = _point(ratio(step["hf_static"], step["plain"]))
         made += [
-            (
-                f"{task}: transformers' compiled step over a plain step",
-                "at least",
-                1,
-                ratio(step["hf_static"], step["plain"]),
-            ),
-            (f"{task}: a round beside the sum of its parts, largest gap", "at most", 0.05, _most(gaps)),
-            (f"{task}: the host's share of a round, largest", "at most", 0.02, _most(host / whole)),
+            (f"{name}: transformers' compiled step over a plain step", "at least", 1, static),
+            (f"{name}: a round beside the sum of its parts, largest gap", "at most", 0.05, _most(gaps)),
+            (f"{name}: the host's share of a round, largest", "at most", 0.02, _most(host / whole)),
         ]
     return made
 
@@ -235,53 +375,45 @@ def _cost_goals(summary: pd.DataFrame) -> list[Goal]:
 def _tree_goals(summary: pd.DataFrame) -> list[Goal]:
     """Goals of trees and rules: (goal, sign, bound, measured)."""
     rows = pick(with_k(summary), stage=LOSSLESS, task="all")
-    at = rows[(rows.temperature - MIDDLE).abs() < 0.01]
+    at, hot, heat = rows[(rows.temperature - MIDDLE).abs() < 0.01], rows[rows.temperature == 1.0], f"T = {MIDDLE:g}"
 
-    def steps(frame: pd.DataFrame, method: str, metric: str = "tokens_per_step", **where: Any) -> float | None:
-        found = pick(frame, metric, method=method, **where).value
-        return None if found.empty else float(found.max())
+    def steps(frame: pd.DataFrame, method: str, metric: str = "tokens_per_step", **where: Any) -> Found:
+        some = pick(frame, metric, method=method, **where)
+        return None if some.empty else found(some.loc[[some.value.idxmax()]], metric, method)
 
-    chain, best = steps(at, "eagle-ps", tree="chain"), steps(at, "eagle-ps", tree="best_first", nodes=16)
-    static = pick(at, "tokens_per_step", method="eagle-ps", tree="static").set_index("nodes").value
-    own = pick(at, "tokens_per_step", method="eagle-ps", tree="best_first").set_index("nodes").value
-    least = (own / static).dropna()
-    hot, heat = rows[rows.temperature == 1.0], f"T = {MIDDLE:g}"
-    goals: list[Goal] = [
-        (f"tokens per step of eagle-ps, best_first 16 over chain, {heat}", "at least", 1.15, ratio(best, chain)),
+    def least(ratios: Sequence[Found]) -> Found:
+        return min((each for each in ratios if each), default=None)
+
+    same = least(
+        [
+            over(*(steps(at, "eagle-ps", tree=tree, nodes=n) for tree in ("best_first", "static")))
+            for n in at[(at.method == "eagle-ps") & (at.tree == "static")].nodes.unique()
+        ]
+    )
+    wide = over(steps(at, "eagle-ps", tree="best_first", nodes=16), steps(at, "eagle-ps", tree="chain"))
+    made: list[Goal] = [
+        (f"tokens per step of eagle-ps, best_first 16 over chain, {heat}", "at least", 1.15, wide),
         (
             f"tokens per step of eagle-ps, best_first over static of the same size, the lowest, {heat}",
             "at least",
             1,
-            float(least.min()) if len(least) else None,
+            same,
         ),
     ]
-    for method in ("eagle", "eagle-ps"):
-        coupled = steps(hot, method, tree="chain")
-        sampled = steps(hot, method, "rejection_tokens_per_step", tree="chain")
-        goals.append(
-            (
-                f"tokens per step of {method}, coupled chain over rejection, T = 1",
-                "at least",
-                0.88,
-                ratio(coupled, sampled),
-            )
-        )
-        kind = "dynamic" if method == "eagle" else "best_first"
+    for method, kind in (("eagle", "dynamic"), ("eagle-ps", "best_first")):
         chains = [steps(hot, method, f"{rule}tokens_per_step", tree="chain") for rule in ("", "rejection_", "block_")]
-        top = max((x for x in chains if x is not None), default=None)
-        tree = steps(hot, method, tree=kind, nodes=16)
-        goals.append(
-            (
-                f"tokens per step of {method}, coupled tree of 16 over its best chain, T = 1",
-                "above",
-                1,
-                ratio(tree, top),
-            )
-        )
+        rule, tree = over(*chains[:2]), steps(hot, method, tree=kind, nodes=16)
+        grown = over(tree, max((each for each in chains if each), default=None))
+        made += [
+            (f"tokens per step of {method}, coupled chain over rejection, T = 1", "at least", 0.88, rule),
+            (f"tokens per step of {method}, coupled tree of 16 over its best chain, T = 1", "above", 1, grown),
+        ]
     costs = pick(rows, ["tree_ms", "forward_ms"], nodes=16).groupby("metric").value.max()
-    share = ratio(costs.get("tree_ms"), costs.get("forward_ms"))
-    goals.append(("building and following a tree of 16 nodes, share of the target's forward", "at most", 0.1, share))
-    return goals
+    share = _point(ratio(costs.get("tree_ms"), costs.get("forward_ms")))
+    return [
+        *made,
+        ("building and following a tree of 16 nodes, share of the target's forward", "at most", 0.1, share),
+    ]
 
 
 def split(summary: pd.DataFrame, method: str, other: str, temperature: float = MIDDLE) -> str:
@@ -349,87 +481,150 @@ def training_rows(training: pd.DataFrame, stage: str) -> pd.DataFrame:
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 
-def _versus(summary: pd.DataFrame, method: str) -> tuple[str, float | None]:
-    """A parallel drafter beside its older sibling, over the temperatures: (text, speed ratio at the middle one)."""
-    other, texts, middle = SIBLINGS[method], [], None
-    for t in sorted(pick(summary, "speedup_vs_plain", stage=SPEEDUP).temperature.dropna().unique()):
-        at = best(summary, t)
-        speed = ratio(*(value(at, "speedup_vs_plain", m) for m in (method, other)))
+def _versus(summary: pd.DataFrame, method: str, other: str, stated: float, what: str) -> tuple[str, str]:
+    """A parallel drafter beside its older sibling at every temperature: (measured, verdict)."""
+    rows, texts = best(summary), []
+    speeds: dict[float, float] = {}
+    overlap, slow = [], []
+    for t in temperatures(summary):
+        at = pick(rows, temperature=t)
+        pair = [found(at, "speedup_vs_plain", m) for m in (method, other)]
+        speed = over(*pair)
         if speed is None:
             continue
-        steps = [value(at, "tokens_per_step", m) for m in (other, method)]
-        texts.append(f"T = {t:g}: {speed:.2f}x, tokens per step {steps[0]:.2f} -> {steps[1]:.2f}")
-        middle = speed if middle is None or t == MIDDLE else middle
-    return "; ".join(texts), middle
+        speeds[t] = round(speed[0], 2)
+        steps = [value(at, "tokens_per_step", m) or math.nan for m in (other, method)]
+        texts.append(f"T = {t:g}: {speed[0]:.2f}x, tokens per step {steps[0]:.2f} -> {steps[1]:.2f}")
+        if all(each[1] < each[2] for each in pair) and max(p[1] for p in pair) <= min(p[2] for p in pair):
+            overlap.append(t)
+        if all(each[0] < 1 for each in pair):
+            slow.append(t)
+    if not speeds:
+        return "", "not measured"
+    words = {
+        t: f"faster by {x - 1:.0%}" if x > 1 else f"slower by {1 - x:.0%}" if x < 1 else "as fast"
+        for t, x in speeds.items()
+    }
+    held, lost = [t for t, x in speeds.items() if x > 1], [t for t, x in speeds.items() if x <= 1]
+    verdict = (
+        f"does not hold here: {_at(words)}"
+        if not held
+        else f"holds in direction{f' at {_heats(held)}, not at {_heats(lost)}' if lost else ''}: {_at(words)}; "
+        f"{what} is {stated - 1:.0%}"
+    )
+    if overlap:
+        verdict += f"; the 95 % intervals of their speedups overlap at {_heats(overlap)}"
+    if slow:
+        verdict += f"; both are slower than plain decoding at {_heats(slow)}"
+    return f"{draft_name(rows, method)}, over {draft_name(rows, other)}: {'; '.join(texts)}", verdict
 
 
-def _apart(summary: pd.DataFrame, method: str) -> str:
-    """A caution where the two siblings' speedup intervals overlap."""
-    rows = pick(best(summary), "speedup_vs_plain", method=[method, SIBLINGS[method]]).set_index("method")
-    overlap = len(rows) == 2 and rows.low.max() <= rows.high.min()
-    return "; the 95 % intervals of their speedups overlap" if overlap else ""
+def claims(summary: pd.DataFrame, training: pd.DataFrame, facts: dict[str, Any] | None = None) -> pd.DataFrame:
+    """Every claim of the paper that we may quote, its source, what was measured, and a verdict from the numbers.
+
+    `facts` is the run's manifest: it tells machine, prompts, and what each drafter is.
+    """
+    facts = facts or {}
+    return pd.DataFrame(
+        [
+            _drafting_claim(summary, on_gpu(facts)),
+            *_speed_claims(summary, facts),
+            _best_claim(summary, facts),
+            _cost_claim(training, facts),
+        ],
+        columns=["claim", "source", "measured", "verdict"],
+    )
 
 
-def claims(summary: pd.DataFrame, training: pd.DataFrame) -> pd.DataFrame:
-    """Every claim of the paper that we may quote, its source, what was measured, and a verdict from the numbers."""
-    table = []
-    growth = drafting(summary).set_index("method")
-    shown = {m: growth.ratio.get(m) for m in ("eagle-ps", "eagle")}
-    text = "; ".join(f"{m}: {x:.2f}x from k = {growth.k_min[m]} to {growth.k_max[m]}" for m, x in shown.items() if x)
-    linear = growth.k_max.get("eagle", 8) * 5 / 8
-    held = [bool(shown["eagle-ps"] and shown["eagle-ps"] <= 1.3), bool(shown["eagle"] and shown["eagle"] >= linear)]
-    verdict = ["does not hold here", "holds in part", "holds"][sum(held)] if all(shown.values()) else "not measured"
-    table.append(
+def _drafting_claim(summary: pd.DataFrame, gpu: bool) -> Claim:
+    """Judged as the goals are, by the same bounds."""
+    growth, expected = drafting(summary).set_index("method"), drafting_goals(summary, gpu)
+    shown = [m for m, goal in expected.items() if goal[3]]
+    text = "; ".join(f"{m}: {growth.ratio[m]:.2f}x from k = {growth.k_min[m]} to {growth.k_max[m]}" for m in shown)
+    held = {m: met(*goal[1:]) for m, goal in expected.items()}
+    parts = [f"{m} {sign} {bound:.3g}: {held[m]}" for m, (_, sign, bound, _) in expected.items()]
+    said = set(held.values())
+    if "not measured" in said or said == {"yes"}:
+        verdict = "not measured" if "not measured" in said else "holds"
+    else:
+        word = "holds in part" if "yes" in said else "undecided" if "undecided" in said else "does not hold here"
+        verdict = f"{word} ({', '.join(parts)})"
+    claim = "the cost of parallel drafting is nearly flat in k, that of autoregressive drafting linear"
+    return claim, "motivation", text, verdict
+
+
+def _speed_claims(summary: pd.DataFrame, facts: dict[str, Any]) -> list[Claim]:
+    made = []
+    for kind, stated, what, claim, source in (
         (
-            "the cost of parallel drafting is nearly flat in k, that of autoregressive drafting linear",
-            "motivation",
-            text,
-            verdict,
-        )
-    )
+            "medusa-ps",
+            1.62,
+            "the largest gain stated",
+            "ParallelSpec makes a baseline up to 62 % faster "
+            "(its Medusa variant; secondary: accepted length 2.39 -> 3.31)",
+            "abstract; parenthesis secondary",
+        ),
+        (
+            "eagle-ps",
+            1.15,
+            "the largest gain that reviewers read",
+            "EAGLE + ParallelSpec is faster than EAGLE (at most about 15 %)",
+            "secondary",
+        ),
+    ):
+        for method in siblings(summary, kind) or [kind]:
+            text, verdict = _versus(summary, method, SIBLINGS[kind], stated, what)
+            if text and _drafter(facts, method).get("link"):
+                verdict += f"; {method} has a link between its slots (notebook 2), which is this study's addition"
+            made.append((claim, source, text, verdict))
+    return made
 
-    text, speed = _versus(summary, "medusa-ps")
-    verdict = _faster(speed, 1.62, "the largest gain stated") + (_apart(summary, "medusa-ps") if speed else "")
-    claim = (
-        "ParallelSpec makes a baseline up to 62 % faster (its Medusa variant; secondary: accepted length 2.39 -> 3.31)"
-    )
-    table.append((claim, "abstract; parenthesis secondary", text, verdict))
 
-    text, speed = _versus(summary, "eagle-ps")
-    verdict = _faster(speed, 1.15, "the largest gain that reviewers read") + (
-        _apart(summary, "eagle-ps") if speed else ""
-    )
-    table.append(("EAGLE + ParallelSpec is faster than EAGLE (at most about 15 %)", "secondary", text, verdict))
+def _drafter(facts: dict[str, Any], name: str) -> dict[str, Any]:
+    return ((facts.get("settings") or {}).get("drafters") or {}).get(name) or {}
 
-    rows = pick(best(summary), "speedup_vs_plain", method=list(SIBLINGS)).sort_values("value")
+
+def _best_claim(summary: pd.DataFrame, facts: dict[str, Any]) -> Claim:
+    heat = nearest(summary)
+    at = best(summary, heat)
+    drafters = [m for kind in SIBLINGS for m in siblings(summary, kind)]
+    rows = pick(at, "speedup_vs_plain", method=drafters).sort_values("value")
     text, verdict = "", "not measured"
     if len(rows):
-        top = rows.iloc[-1]
-        against = value(best(summary), "speedup_vs_hf", top.method)
-        text = f"{top.method}, {shape_name(top.k, top.tree, top.nodes)}: {_spread(top)}x plain decoding" + (
-            f", {against:.2f}x generate" if against else ""
-        )
-        verdict = "not comparable (another model, other prompts, another machine); shown for orientation"
-    table.append(("2.84x overall, Llama-2-13B, Spec-Bench, batch 1", "abstract", text, verdict))
+        method = rows.method.iloc[-1]
+        text = f"{draft_name(at, method)}, T = {heat:g}: {_spread(_ends(rows)[-1])}x plain decoding"
+        against = pick(at, "speedup_vs_hf", method=method)
+        if len(against):
+            text += f", {_spread(_ends(against)[0])}x generate on {against.n.iloc[0]:.0f} prompts"
+        text += "".join(f"; {each}" for each in _static(summary))
+        data = (facts.get("settings") or {}).get("data")
+        prompts = f", prompts: {asked(data)}" if data else ""
+        verdict = f"not comparable (another model and machine{prompts}); shown for orientation"
+    return "2.84x overall, Llama-2-13B, Spec-Bench, batch 1", "abstract", text, verdict
 
+
+def _cost_claim(training: pd.DataFrame, facts: dict[str, Any]) -> Claim:
+    """A drafter's training with that of what it starts from, beside the target's own."""
     cost = training_cost(training).set_index("stage")
-    shares = [
-        f"{stage} {seconds / cost.seconds['target']:.0%} ({cost.tokens[stage] / 1e6:.3g} M tokens)"
-        for stage, seconds in cost.seconds.items()
-        if stage != "target" and cost.seconds.get("target")
-    ]
-    text = f"of the target's own training time: {', '.join(shares)}" if shares else ""
-    verdict = "not comparable: a target as small as this one makes its drafters dear" if shares else "not measured"
-    table.append(("minimal training cost (one layer, group-wise training, distillation)", "abstract", text, verdict))
-    return pd.DataFrame(table, columns=["claim", "source", "measured", "verdict"])
-
-
-def _faster(speed: float | None, stated: float, what: str) -> str:
-    if speed is None:
-        return "not measured"
-    if speed <= 1:
-        return f"does not hold here: slower by {1 - speed:.0%}"
-    return f"holds in direction: faster by {speed - 1:.0%}, {what} is {stated - 1:.0%}"
+    cards = {name: about.get("machine") for name, about in (facts.get("checkpoints") or {}).items()}
+    own = cost.seconds.get("target")
+    text, texts = "", []
+    for name in cost.index.drop("target", errors="ignore") if own else ():
+        line, starts = [name], []
+        while (start := _drafter(facts, line[-1]).get("warm_start")) and start not in line and start in cost.index:
+            line.append(start)
+            starts.append(start)
+        layers = _drafter(facts, name).get("layers")
+        about = [f"{layers} layer{'s' if layers > 1 else ''}"] if layers else []
+        about += [f"{cost.tokens[line].sum() / 1e6:.3g} M tokens"]
+        about += [f"{cost.seconds[name] / own:.0%} without its start {', '.join(starts)}"] if starts else []
+        if cards.get(name) and cards[name] != cards.get("target"):
+            about.append(f"on {cards[name]}, the target on {cards.get('target') or 'another card'}")
+        texts.append(f"{name} {cost.seconds[line].sum() / own:.0%} ({', '.join(about)})")
+    if texts:
+        text = f"of the target's own training time: {'; '.join(texts)}"
+    verdict = "not comparable: beside so small a target its drafters are expensive" if texts else "not measured"
+    return "minimal training cost (one layer, group-wise training, distillation)", "abstract", text, verdict
 
 
 def training_cost(training: pd.DataFrame) -> pd.DataFrame:
@@ -443,18 +638,18 @@ def training_cost(training: pd.DataFrame) -> pd.DataFrame:
 
 def shortfalls(summary: pd.DataFrame, gpu: bool = False) -> list[str]:
     """What did not come out as the paper or the goals say, each with the numbers that explain it."""
-    said = []
-    at = {row.goal: row for row in goals(summary, gpu).itertuples()}
-    for what, row in at.items():
-        if row.met == "no":
-            said.append(f"**{what}**: wanted {row.wanted}, measured {row.measured}.")
-    for method, other in (*SIBLINGS.items(), ("eagle-ps", "plain")):
-        for t in sorted(pick(summary, "speedup_vs_plain", stage=SPEEDUP).temperature.dropna().unique()):
-            rate = ratio(
-                *(1.0 if m == "plain" else value(best(summary, t), "speedup_vs_plain", m) for m in (method, other))
-            )
-            if rate is not None and rate <= (1.5 if other == "plain" else 1):
-                said.append(split(summary, method, other, t))
+    said = [
+        f"**{row.goal}**: wanted {row.wanted}, measured {row.measured}."
+        for row in goals(summary, gpu).itertuples()
+        if row.met == "no"
+    ]
+    pairs = [(method, other) for kind, other in SIBLINGS.items() for method in siblings(summary, kind)]
+    pairs += [(method, "plain") for method in siblings(summary, "eagle-ps")]
+    for (method, other), t in product(pairs, temperatures(summary)):
+        at = best(summary, t)
+        rate = ratio(*(1.0 if m == "plain" else value(at, "speedup_vs_plain", m) for m in (method, other)))
+        if rate is not None and rate <= (1.5 if other == "plain" and not gpu else 1):
+            said.append(split(summary, method, other, t))
     return [text for text in said if text]
 
 
@@ -490,7 +685,7 @@ def where(facts: dict[str, Any]) -> str:
     machine = facts.get("machine") or {}
     name = manifest.machine_name(machine) if {"gpu", "cpu", "cores"} <= set(machine) else "unknown machine"
     timed = facts.get("timing_dtype") or facts.get("dtype")
-    parts = [f"profile {facts.get('profile', '?')}", name, f"timed in {timed}" if timed else ""]
+    parts = [f"profile {facts.get('profile', '?')}", f"run on {name}", f"timed in {timed}" if timed else ""]
     parts.append(facts.get("started", "")[:10])
     parts += [f"torch {machine['versions']['torch']}"] if "torch" in machine.get("versions", {}) else []
     return ", ".join(part for part in parts if part)
@@ -509,18 +704,39 @@ def asked(data: dict[str, Any]) -> str:
     return f"{first} and held-out code" if data.get("held_out") else first
 
 
-def readme_block(summary: pd.DataFrame, facts: dict[str, Any], profile: str) -> str:
+def setting(facts: dict[str, Any]) -> str:
+    """What was studied, in one sentence: the target, the text it was trained on, the prompts. From the manifest."""
+    settings = facts.get("settings") or {}
+    target, data = settings.get("target") or {}, settings.get("data") or {}
+    if target.get("path"):
+        model = f"The target is {target['path']}"
+    elif target.get("train"):
+        source = data.get("source", "code")
+        text = "Python code" if source == "code" else ", ".join(Path(name.strip()).name for name in source.split(","))
+        shape = f"a Llama of {target['layers']} layers and width {target['hidden_size']}"
+        model = f"The target is {shape}, trained for this study on {text}"
+    else:
+        return ""
+    return f"{model}; the prompts are {asked(data)}."
+
+
+def readme_block(summary: pd.DataFrame, facts: dict[str, Any], profile: str, runs: pd.DataFrame | None = None) -> str:
     """What stands between README's marks: the figure and the headline table of a profile's results."""
-    n = int(pick(summary, "speedup_vs_plain", stage=SPEEDUP, task="all").n.max())
     text = asked((facts.get("settings") or {}).get("data", {}))
     return "\n\n".join(
         (
             f"![Speedup over plain decoding by drafter and temperature](figures/{profile}/04_speedup.png)",
             markdown(headline(summary)),
-            f"Speedups are ratios of total tokens per decode second, with 95 % bootstrap intervals over {n} prompts of "
-            f"{text}, batch 1. *x plain* is against plain decoding in the same engine, *x generate* against "
-            f"`transformers`' `generate`; tokens per step counts the target's own token. Measured: {where(facts)}.",
+            f"{' '.join(notes(summary, runs))} Prompts: {text}; batch 1. Measured: {where(facts)}.",
         )
+    )
+
+
+def _runs(results: Path) -> pd.DataFrame | None:
+    """The speedup notebook's rows beside a summary.csv."""
+    path = results / "04_runs.csv"
+    return (
+        pd.read_csv(path, usecols=lambda name: name in ("method", "temperature", "stopped")) if path.is_file() else None
     )
 
 
@@ -533,7 +749,7 @@ def readme(readme: Path, summary: Path) -> None:
         raise UserError(f"{readme}: wants one line {begin} and one line {end}")
     before, rest = text.split(begin)
     facts = manifest.RunManifest(summary.parent / "manifest.json").read()
-    block = readme_block(load(summary), facts, profile)
+    block = readme_block(load(summary), facts, profile, _runs(summary.parent))
     manifest.write_text(Path(readme), f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}")
 
 
@@ -641,20 +857,86 @@ def html(notebooks: Sequence[Path], facts: dict[str, Any], path: Path) -> None:
     )
 
 
+TERMS = (  # what stands on the first page, and what it means
+    ("secondary", "*secondary*: from readers or reviewers, not from the paper"),
+    ("x plain", "*x plain*: times as fast as plain decoding in the same engine"),
+    ("x generate", "*x generate*: times as fast as `transformers`' own `generate`"),
+    ("tokens per step", "*tokens per step*: tokens that one pass of the target yields"),
+    ("best_first", "*best_first N (k = d)*: a tree of N drafted tokens, at most d deep, chosen from one pass"),
+    ("dynamic", "*dynamic N (k = d)*: such a tree grown level by level, a pass each"),
+    ("static", "*static*: a tree of one shape for every text"),
+    ("coupled", "*coupled*: sampling with noise fixed by seed and position, so that texts can be compared"),
+    ("numeric tie", "*numeric tie*: two best scores closer than the number format can tell"),
+)
+
+
+def lead(summary: pd.DataFrame, facts: dict[str, Any]) -> list[str]:
+    """The page in a few sentences: what was studied and on which card, how fast, how many goals are met."""
+    title, machine = str(facts.get("title") or ""), facts.get("machine") or {}
+    card = machine.get("gpu") or machine.get("cpu")
+    said = [f"{title[:1].upper()}{title[1:]}." if title else "", f"It ran on {card}." if card else "", setting(facts)]
+    heat, rows = nearest(summary), best(summary)
+    for method in siblings(summary, "eagle-ps"):
+        speed = found(rows, "speedup_vs_plain", method, temperature=heat)
+        if not speed:
+            continue
+        text = f"At T = {heat:g} {draft_name(rows, method)}, decodes {_spread(speed)} times as fast as plain decoding"
+        pairs = {
+            t: over(*(found(rows, "speedup_vs_plain", m, temperature=t) for m in (method, "eagle")))
+            for t in temperatures(summary)
+        }
+        beside = _at({t: f"{each[0]:.2f}" for t, each in pairs.items() if each})
+        said.append(text + (f"; its speed over that of {draft_name(rows, 'eagle')}, is {beside}." if beside else "."))
+    for task in [t for t in pick(summary, stage=COST).task.dropna().unique() if str(t).endswith(" x 1")]:
+        of = pick(with_k(summary), "speedup_vs_plain", stage=COST, task=task).sort_values("value")
+        if rows.empty and len(of := of[~of.method.isin(BASELINES)]):
+            top = of.iloc[-1]
+            shape = f"{top.method}, {shape_name(top.k, top.tree, top.nodes)}"
+            name = task.removesuffix(" x 1")
+            said.append(f"{name} at batch 1: {shape}, is fastest, {top.value:.2f} times as fast as plain decoding.")
+    judged = _judged(summary, facts).met.value_counts()
+    if len(judged):
+        of = ", ".join(
+            f"{judged[word]} {word}" for word in ("yes", "no", "undecided", "not measured") if word in judged
+        )
+        said.append(f"Of {judged.sum()} goals: {of}.")
+    return [text for text in said if text]
+
+
+def _judged(summary: pd.DataFrame, facts: dict[str, Any]) -> pd.DataFrame:
+    """The goals of a run; of a profile of few notebooks those that it measured."""
+    table = goals(summary, on_gpu(facts), dtype=facts.get("dtype") or "float32")
+    return table[table.met != "not measured"] if (facts.get("settings") or {}).get("stages") else table
+
+
+def _paragraph(sentences: Sequence[str]) -> str:
+    text = escaping.escape(" ".join(sentences), quote=False)
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+    text = re.sub(r"[*]([^*]+)[*]", r"<em>\1</em>", text)
+    return f"<p>{text}</p>"
+
+
 def _front(facts: dict[str, Any], results: Path) -> str:
-    """The page's first part: where it was measured, warnings, claims (of the last notebook), headline, goals."""
+    """The page's first part: where it was measured, warnings, summary, claims (of notebook 8), headline, goals."""
     line = escaping.escape(where(facts))
     parts = [f"<p>{line}. <code>manifest.json</code> beside this page describes the run.</p>"]
     parts += [f'<p class="warning">{escaping.escape(text)}</p>' for text in facts.get("warnings", [])]
-    tables = {}
+    tables, below = {}, {}
     if (results / "claims.csv").is_file():
-        tables["Claims of the paper"] = pd.read_csv(results / "claims.csv", keep_default_na=False)
+        told = pd.read_csv(results / "claims.csv", keep_default_na=False)
+        few = (facts.get("settings") or {}).get("stages")  # a profile of few notebooks
+        tables["Claims of the paper"] = told[told.verdict != "not measured"] if few else told
     if (results / "summary.csv").is_file():
         summary = load(results / "summary.csv")
-        found = goals(summary, on_gpu(facts))
-        if (facts.get("settings") or {}).get("stages"):  # a profile of few notebooks
-            found = found[found.met != "not measured"]
-        tables |= {"Headline": headline(summary), "Goals": found}
+        parts.append(_paragraph(lead(summary, facts)))
+        tables |= {"Headline": headline(summary), "Goals": _judged(summary, facts)}
+        below["Headline"] = _paragraph(notes(summary, _runs(results)))
+        below["Goals"] = _paragraph(
+            ["Numbers in brackets are 95 % intervals; a goal whose bound lies within them is undecided."]
+        )
     tables = {name: frame for name, frame in tables.items() if len(frame)}
-    parts += [f"<h2>{name}</h2>{frame.to_html(index=False, border=0)}" for name, frame in tables.items()]
-    return "\n".join(parts)
+    shown = [
+        f"<h2>{name}</h2>{frame.to_html(index=False, border=0)}{below.get(name, '')}" for name, frame in tables.items()
+    ]
+    terms = [meaning for term, meaning in TERMS if any(term in text for text in shown)]
+    return "\n".join([*parts, *([_paragraph(["; ".join(terms) + "."])] if terms else []), *shown])
