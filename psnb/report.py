@@ -182,19 +182,19 @@ def notes(summary: pd.DataFrame, runs: pd.DataFrame | None = None) -> list[str]:
     ]
     few = pick(rows, "tokens_per_second", method="hf_generate").n.max()
     if not pd.isna(few):
-        said.append(f"*x generate* is against `transformers`' `generate`, on {few:.0f} of the prompts.")
+        said.append(f"*x generate* is against `transformers`' `generate`, on {few:.0f} prompts.")
     said += [f"{each[:1].upper()}{each[1:]}." for each in _static(summary)]
     repeated = {}
     if runs is not None and "stopped" in runs:
         plain = runs[runs.method == "plain"]
         repeated = (plain.stopped == "repeat").groupby(plain.temperature).mean().to_dict()
-        what = "generations stopped because they repeated themselves"
+        what = "generations that were stopped because they repeat themselves"
     else:
         repeated = pick(rows, "repeated_8gram_share", method="plain").set_index("temperature").value.to_dict()
-        what = "tokens end an 8-gram generated before"
+        what = "tokens that end an 8-gram generated before"
     if any(repeated.values()):
         shares = _at({t: f"{share:.0%}" for t, share in sorted(repeated.items())})
-        said.append(f"Of plain decoding's {what} (and repeated text is easy to draft): {shares}.")
+        said.append(f"Share of plain decoding's {what} (repeated text is easy to draft): {shares}.")
     return said
 
 
@@ -893,7 +893,10 @@ def lead(summary: pd.DataFrame, facts: dict[str, Any]) -> list[str]:
             top = of.iloc[-1]
             shape = f"{top.method}, {shape_name(top.k, top.tree, top.nodes)}"
             name = task.removesuffix(" x 1")
-            said.append(f"{name} at batch 1: {shape}, is fastest, {top.value:.2f} times as fast as plain decoding.")
+            said.append(
+                f"{name} at batch 1: {shape}, is fastest, {top.value:.2f} times as fast as plain decoding "
+                "at the replayed acceptance."
+            )
     judged = _judged(summary, facts).met.value_counts()
     if len(judged):
         of = ", ".join(
@@ -931,9 +934,9 @@ def _front(facts: dict[str, Any], results: Path) -> str:
         parts.append(_paragraph(lead(summary, facts)))
         tables |= {"Headline": headline(summary), "Goals": _judged(summary, facts)}
         below["Headline"] = _paragraph(notes(summary, _runs(results)))
-        below["Goals"] = _paragraph(
-            ["Numbers in brackets are 95 % intervals; a goal whose bound lies within them is undecided."]
-        )
+        if tables["Goals"].measured.str.contains(" to ").any():
+            about = "Numbers in brackets are 95 % intervals; a goal whose bound lies within them is undecided."
+            below["Goals"] = _paragraph([about])
     tables = {name: frame for name, frame in tables.items() if len(frame)}
     shown = [
         f"<h2>{name}</h2>{frame.to_html(index=False, border=0)}{below.get(name, '')}" for name, frame in tables.items()

@@ -333,12 +333,12 @@ def test_the_headline_says_what_stopped_for_repetition(summary):
     runs = pd.DataFrame({"method": ["plain"] * 4 + ["eagle"], "temperature": [0.0] * 5, "stopped": "repeat"})
     runs.loc[:2, "stopped"] = "length"
     said = " ".join(report.notes(summary, runs))
-    assert "generations stopped because they repeated themselves" in said and "25% at T = 0." in said
+    assert "generations that were stopped because they repeat themselves" in said and "25% at T = 0." in said
     assert "10% at T = 0, 10% at T = 0.7, 10% at T = 1." in " ".join(report.notes(summary))  # without the rows: tokens
     fewer = summary.assign(
         n=summary.n.where(~((summary.method == "hf_generate") | (summary.metric == "speedup_vs_hf")), 7)
     )
-    assert "`generate`, on 7 of the prompts" in " ".join(report.notes(fewer))
+    assert "`generate`, on 7 prompts" in " ".join(report.notes(fewer))
     assert "x generate, T = 0.7 (7 prompts)" in report.headline(fewer)
 
 
