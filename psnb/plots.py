@@ -2,6 +2,7 @@
 
 Nothing here changes matplotlib's global state. A method keeps its colour, marker, dash and hatch in every figure, so
 chosen that they differ in greyscale too: a parallel drafter is dark and solid, its older sibling light and dashed.
+Only a method without a place in `STYLES` takes a spare look. Trees and parts of a round have colours of no method.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from IPython.display import HTML, Image
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 from pandas.io.formats.style import Styler
 
 from psnb import decode, groups, manifest
@@ -38,23 +39,24 @@ STYLES: dict[str, tuple[str, str, tuple, str]] = {  # colour, marker, dashes, ha
     "medusa-ps": ("#a63603", "D", SOLID, "xx"),
     "eagle": ("#74b9e8", "^", DASHED, ".."),
     "eagle-ps": ("#08519c", "o", SOLID, ""),
+    "eagle-ps-alone": ("#1b7837", "p", SOLID, "--"),
 }
 TREES: dict[str, tuple[str, str, tuple, str]] = {
-    "chain": ("#808080", "s", DOTTED, ""),
-    "static": ("#74b9e8", "^", DASHED, ""),
-    "best_first": ("#08519c", "o", SOLID, ""),
-    "dynamic": ("#000000", "D", SOLID, ""),
+    "chain": ("#c2a5cf", "s", DOTTED, ""),
+    "static": ("#de77ae", "^", DASHED, ""),
+    "best_first": ("#762a83", "o", SOLID, ""),
+    "dynamic": ("#40004b", "D", SOLID, ""),
 }
-SPARE = [("#1b7837", "v", SOLID, "--"), ("#762a83", "p", DASHED, "++"), ("#000000", "h", SOLID, "||")]
+SPARE = [("#b2182b", "<", SOLID, "--"), ("#35978f", ">", DASHED, "++"), ("#000000", "h", SOLID, "||")]
 PARTS = {"draft_ms": "draft", "verify_ms": "verify", "walk_ms": "walk", "commit_ms": "commit", "host_ms": "host"}
 WHOLE = "one graph"
 PART_STYLES = {
-    "draft": ("#08519c", ""),
-    "verify": ("#bdd7e7", "//"),
-    "walk": ("#1b7837", "\\\\"),
-    "commit": ("#f0b040", "xx"),
-    "host": ("#d9d9d9", ".."),
-    WHOLE: ("#9ecae1", "//"),
+    "draft": ("#54278f", ""),
+    "verify": ("#bcbddc", "//"),
+    "walk": ("#c51b8a", "\\\\"),
+    "commit": ("#fa9fb5", "xx"),
+    "host": ("#252525", ".."),
+    WHOLE: ("#9e9ac8", "//"),
 }
 LABELS = {
     "tokens_per_step": "tokens per target step (own token included)",
@@ -63,6 +65,8 @@ LABELS = {
     "accept_cond": "P(slot i accepted | slots before it accepted)",
     "accept_uncond": "P(slots 0..i all accepted)",
 }
+CURVES = {"loss": "training loss", "heldout_nats": "held-out text"}
+WIDE = 0.45  # the 95 % interval of a share of about 20 rounds
 
 
 # --- helpers --------------------------------------------------------------------------------------------------------
@@ -105,8 +109,8 @@ def at_best(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def order(methods: Iterable[str]) -> list[str]:
-    """Methods in the fixed order of the figures, those that have no place in it last."""
-    known = list(STYLES)
+    """Methods (or kinds of trees) in the fixed order of the figures, those that have no place in it last."""
+    known = [*STYLES, *TREES]
     return sorted(dict.fromkeys(methods), key=lambda m: (known.index(m) if m in known else len(known), m))
 
 
@@ -132,9 +136,26 @@ def _axes(
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
-    """One line a method with its 95 % interval (columns low and high)."""
+def _panels(names: Iterable[str], width: float, **kwargs: Any) -> tuple[Figure, np.ndarray]:
+    """A panel a name, side by side in that width (inches); for no name one that says that nothing was measured."""
+    count = len(list(names))
+    figure, axes = _axes(count or 1, **kwargs, width=max(3.0, width / max(count, 1)))
+    if not count:
+        _nothing(axes[0, 0])
+    return figure, axes[0]
+
+
+def _nothing(ax: Axes) -> None:
+    ax.text(0.5, 0.5, "not measured", ha="center", va="center", transform=ax.transAxes)
+
+
+def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str, dodge: float = 0.0) -> None:
+    """One line a method with its 95 % interval (columns low and high), each moved by `dodge` along x from the last."""
+    if frame.empty:
+        return _nothing(ax)
     styles = _style(order(frame.method))
+    places = {method: i - (len(styles) - 1) / 2 for i, method in enumerate(styles)}
+    frame = frame.assign(**{x: frame[x] + dodge * frame.method.map(places)})
     sns.lineplot(
         frame, x=x, y=y, hue="method", style="method", hue_order=list(styles), style_order=list(styles),
         palette={m: s[0] for m, s in styles.items()}, markers={m: s[1] for m, s in styles.items()},
@@ -148,11 +169,14 @@ def _lines(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
 
 def _bars(ax: Axes, frame: pd.DataFrame, x: str, y: str) -> None:
     """Grouped bars by method with their 95 % intervals (columns low and high)."""
+    if frame.empty:
+        return _nothing(ax)
     styles, places = _style(order(frame.method)), list(dict.fromkeys(frame[x]))
     palette = {m: s[0] for m, s in styles.items()}
     sns.barplot(
-        frame, x=x, y=y, hue="method", order=places, hue_order=list(styles), palette=palette, errorbar=None, ax=ax
-    )
+        frame, x=x, y=y, hue="method", order=places, hue_order=list(styles), palette=palette, saturation=1,
+        errorbar=None, ax=ax,
+    )  # fmt: skip
     for i, (container, (method, style)) in enumerate(zip(ax.containers, styles.items(), strict=False)):
         for bar in container:
             bar.set(hatch=style[3], edgecolor="white", linewidth=0)
@@ -189,15 +213,18 @@ def save(figure: Figure, folder: Path, name: str, caption: str) -> Image:
 
 
 def table(frame: pd.DataFrame) -> Styler:
-    """A frame for reading: no index, few digits, nothing in place of what is missing."""
+    """A frame for reading: no index, few digits, nothing in place of what is missing; a seed is a name."""
 
     def shown(cell: Any) -> str:
+        if isinstance(cell, bool | np.bool_):
+            return "yes" if cell else "no"
         if isinstance(cell, float):
             return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
         return f"{cell:,}" if isinstance(cell, int | np.integer) else html.escape(str(cell))
 
     left = {"selector": "th, td", "props": "text-align: left; white-space: normal"}
-    return frame.style.hide(axis="index").format(shown, na_rep="").set_table_styles([left])
+    formats = {name: "{:.0f}".format if name == "seed" else shown for name in frame}
+    return frame.style.hide(axis="index").format(formats, na_rep="").set_table_styles([left])
 
 
 # --- data and training ----------------------------------------------------------------------------------------------
@@ -213,7 +240,8 @@ def packed(documents: np.ndarray, row: int = 0) -> Figure:
     for y, line in enumerate(documents):
         left.vlines(np.flatnonzero(np.diff(line)) + 0.5, y - 0.5, y + 0.5, color="black", lw=1)
     left.hlines(np.arange(len(documents) - 1) + 0.5, -0.5, documents.shape[1] - 0.5, color="white", lw=2)
-    left.set(title="packed rows: a shade is a document", xlabel="position in the row (tokens)", ylabel="row")
+    title = "packed rows: a shade is a document" + (", white is padding" if (documents < 0).any() else "")
+    left.set(title=title, xlabel="position in the row (tokens)", ylabel="row")
     one = documents[row]
     sees = (one[:, None] == one[None]) & np.tri(len(one), dtype=bool) & (one >= 0)
     right.imshow(np.where(sees, one[:, None] % 4, np.nan), cmap="YlGnBu", vmin=-0.6, vmax=4.5, interpolation="nearest")
@@ -225,43 +253,82 @@ def packed(documents: np.ndarray, row: int = 0) -> Figure:
 
 @_themed
 def training_curves(training: pd.DataFrame, metrics: Sequence[str] = ("loss",)) -> Figure:
-    """One panel a stage: the metrics against tokens seen. `training` has columns stage, step, tokens, metric, value."""
-    stages = [s for s, part in training.groupby("stage", sort=False) if part.metric.isin(metrics).any()]
-    figure, axes = _axes(len(stages) or 1, width=max(3.2, 9 / max(len(stages), 1)), height=3.4)
-    for ax, stage in zip(axes[0], stages, strict=False):
-        part = training[(training.stage == stage) & training.metric.isin(metrics)]
-        part = part.assign(millions=part.tokens / 1e6)
+    """One panel a stage: the metrics against tokens seen. `training` has columns stage, step, tokens, metric, value.
+
+    The target's loss is nats per token; a drafter's is a sum of its own, of which `loss_<slot>` is nats per token.
+    """
+    rows = training[training.metric.isin(metrics)]
+    stages = list(dict.fromkeys(rows.stage))
+    rows, label = _in_tokens(rows)
+    own = training.metric.str.fullmatch(r"loss_\d+").any()
+    slots = any(m.startswith("loss_") for m in metrics)
+    unit = "loss (slots: nats per token)" if own and slots else "loss (each drafter's own)" if own else "nats per token"
+    figure, axes = _panels(stages, width=9, height=3.4)
+    for ax, stage in zip(axes, stages, strict=False):
+        part = rows[rows.stage == stage]
         shown = [m for m in metrics if (part.metric == m).any()]
         palette = dict(zip(shown, sns.color_palette("viridis", len(shown) + 1), strict=False))
         sns.lineplot(
-            part, x="millions", y="value", hue="metric", style="metric", hue_order=shown, style_order=shown,
+            part, x="seen", y="value", hue="metric", style="metric", hue_order=shown, style_order=shown,
             palette=palette, errorbar=None, ax=ax,
         )  # fmt: skip
         rare = part[part.groupby("metric").metric.transform("size") < 20]
-        ax.scatter(rare.millions, rare.value, color=rare.metric.map(palette).tolist(), s=25)
-        ax.legend(title="")
-        ax.set(title=stage, xlabel="tokens seen (millions)", ylabel="loss" if ax is axes[0, 0] else "")
+        ax.scatter(rare.seen, rare.value, color=rare.metric.map(palette).tolist(), s=25)
+        handles = ax.get_legend_handles_labels()[0]
+        ax.legend(handles, [CURVES.get(m, m.replace("loss_", "slot ")) for m in shown], title="")
+        if len(metrics) == 1:
+            ax.get_legend().remove()
+        ax.set(title=stage, xlabel=label, ylabel=unit if ax is axes[0] else "")
     return figure
+
+
+def _in_tokens(rows: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """Rows with a column `seen`, their tokens in a unit that suits the most of them, and the axis' label."""
+    most = rows.tokens.max() if len(rows) else 0
+    scale, unit = (1e6, " (millions)") if most >= 1e6 else (1e3, " (thousands)") if most >= 1e4 else (1.0, "")
+    return rows.assign(seen=rows.tokens / scale), f"tokens seen{unit}"
 
 
 @_themed
 def slot_curves(training: pd.DataFrame) -> Figure:
-    """One panel a drafter: acceptance of each slot, given the slots before it, while it trains."""
-    slots = by_slot(training, "accept_cond")
-    stages = list(dict.fromkeys(slots.stage))
-    figure, axes = _axes(len(stages) or 1, width=max(2.6, 10 / max(len(stages), 1)), height=3.4, sharey=True)
-    for ax, stage in zip(axes[0], stages, strict=False):
-        part = slots[slots.stage == stage]
-        count = int(part.slot.max()) + 1
-        sns.lineplot(
-            part.assign(millions=part.tokens / 1e6), x="millions", y="value", hue="slot", errorbar=None, legend=False,
-            palette=sns.color_palette("viridis_r", count + 1)[1:], marker="o", markersize=4, ax=ax,
-        )  # fmt: skip
-        for slot, line in part.groupby("slot"):
-            end = (line.tokens.iloc[-1] / 1e6, line.value.iloc[-1])
-            ax.annotate(str(slot), end, (4, -3), textcoords="offset points", fontsize=8)
-        ax.set(title=stage, xlabel="tokens seen (millions)", ylabel=LABELS["accept_cond"], ylim=(0, 1))
+    """One panel a drafter: acceptance of each slot, given the slots before it, while it trains.
+
+    The number of a slot stands beside the end of its line; drafters without rows are named below the panels.
+    """
+    slots, label = _in_tokens(by_slot(training, "accept_cond").dropna(subset="value"))
+    stages = [stage for stage in dict.fromkeys(training.stage) if (slots.stage == stage).any()]
+    figure, axes = _panels(stages, width=10, height=3.4, sharey=True)
+    colours = sns.color_palette("viridis_r", int(slots.slot.max() if len(slots) else 0) + 2)[1:]
+    for ax, stage in zip(axes, stages, strict=False):
+        ends = {}
+        for slot, line in slots[slots.stage == stage].groupby("slot"):
+            ax.plot(line.seen, line.value, color=colours[slot], marker="o", markersize=4)
+            ends[slot] = line.value.iloc[-1]
+        for (slot, _), y in zip(
+            sorted(ends.items(), key=lambda end: end[1]), _apart(sorted(ends.values())), strict=True
+        ):
+            ax.text(
+                1.02, y, str(slot), color=colours[slot], transform=ax.get_yaxis_transform(), va="center", fontsize=9
+            )
+        ax.set(title=stage, xlabel=label, ylabel=LABELS["accept_cond"] if ax is axes[0] else "", ylim=(0, 1))
+    drafters = training[training.metric == "loss_0"].stage.unique()
+    if stages and (without := [stage for stage in drafters if stage not in stages]):
+        figure.supxlabel(f"not measured while training: {', '.join(without)}", fontsize=9)
     return figure
+
+
+def _apart(places: Sequence[float], gap: float = 0.055) -> np.ndarray:
+    """Rising places moved as little as it takes to be `gap` apart and within 0..1: isotonic regression."""
+    blocks: list[tuple[float, int]] = []  # mean of the places less their gaps, and how many
+    for i, place in enumerate(places):
+        mean, count = place - i * gap, 1
+        while blocks and blocks[-1][0] > mean:
+            last, many = blocks.pop()
+            mean, count = (last * many + mean * count) / (many + count), many + count
+        blocks.append((mean, count))
+    means = np.repeat([mean for mean, _ in blocks], [count for _, count in blocks])
+    gaps = gap * np.arange(len(means))
+    return np.clip(means, 0, 1 - gaps[-1]) + gaps
 
 
 @_themed
@@ -298,28 +365,43 @@ def group_mask(n: int, k: int) -> Figure:
 
 @_themed
 def draft_time(times: pd.DataFrame) -> Figure:
-    """Time to draft k tokens against k; columns method, k, draft_ms, low, high. Right: relative to k = 1."""
+    """Time to draft k tokens against k; columns method, k, draft_ms, low, high. Right: relative to the smallest k.
+
+    Methods stand a little apart along k, so that equal ones are seen.
+    """
     figure, axes = _axes(2, width=4.6)
-    first = times[times.k == times.k.min()].set_index("method").draft_ms
+    left, right = axes[0]
+    first = times.sort_values("k").drop_duplicates("method").set_index("method").draft_ms
     scale = times.method.map(first)
-    _lines(axes[0, 0], times, "k", "draft_ms")
+    _lines(left, times, "k", "draft_ms", dodge=0.06)
     relative = times.assign(**{c: times[c] / scale for c in ("draft_ms", "low", "high")})
-    _lines(axes[0, 1], relative, "k", "draft_ms")
-    ks = np.sort(times.k.unique())
-    axes[0, 1].plot(ks, ks / ks.min(), color="#999999", lw=1, ls=":", label="linear in k")
-    axes[0, 1].legend(title="")
-    axes[0, 0].set(xlabel="draft length k", ylabel="time to draft k tokens (ms)", ylim=(0, None))
-    axes[0, 1].set(xlabel="draft length k", ylabel=f"relative to k = {ks.min()} (x)", ylim=(0, None))
+    _lines(right, relative, "k", "draft_ms", dodge=0.06)
+    if len(ks := np.sort(times.k.unique())):
+        right.plot(ks, ks / ks.min(), color="#999999", lw=1, ls=":", label="linear in k")
+    left.set(xlabel="draft length k", ylabel="time to draft k tokens (ms)", ylim=(0, None))
+    right.set(xlabel="draft length k", ylabel=f"relative to k = {min(ks, default=1)} (x)", ylim=(0, None))
+    _legend_right(right, left)
     return figure
 
 
 @_themed
 def acceptance(summary: pd.DataFrame, **where: Any) -> Figure:
-    """Acceptance by slot, conditional and cumulative. `where` selects rows, for example task="all", temperature=0.7."""
-    figure, axes = _axes(2, width=4.6)
-    for ax, metric in zip(axes[0], ("accept_cond", "accept_uncond"), strict=False):
-        _lines(ax, by_slot(summary, metric, **where), "slot", "value")
+    """Acceptance by slot, conditional and cumulative. `where` selects rows, for example task="all", temperature=0.7.
+
+    The conditional share of a late slot stands on the few rounds that reach it: a line ends before the first slot
+    whose interval is wider than `WIDE`, or has no width because hardly any round reached it.
+    """
+    figure, axes = _axes(2, width=4.6, sharex=True)
+    for ax, metric in zip(axes[0], ("accept_cond", "accept_uncond"), strict=True):
+        rows = by_slot(summary, metric, **where)
+        if metric == "accept_cond":
+            width = rows.high - rows.low
+            few = ((width > WIDE) | (width == 0)) & (rows.slot > 0)  # every round reaches slot 0
+            rows = rows[~few.groupby(rows.method).cummax()]
+            ax.set_title(f"slots whose 95 % interval is narrower than {WIDE:g}", fontsize=9)
+        _lines(ax, rows, "slot", "value")
         ax.set(xlabel="slot i", ylabel=LABELS[metric], ylim=(0, 1))
+    _legend_right(axes[0, 1], axes[0, 0])
     return figure
 
 
@@ -333,11 +415,11 @@ def against_k(summary: pd.DataFrame, model: pd.DataFrame | None = None, **where:
         ax.set(xlabel="draft length k", ylabel=LABELS[metric])
         ax.axhline(1, color="#4d4d4d", lw=1, ls=":")
         if metric == "speedup_vs_plain" and model is not None:
-            for method, part in pick(model, tree="chain").groupby("method"):
-                colour = _style([method])[method][0]
-                ax.plot(part.k, part.predicted, color=colour, lw=4, alpha=0.3, label=f"{method}: model")
-        ax.legend().remove()
-    _legend_right(axes[0, -1])
+            own = pick(model, tree="chain")
+            for method, style in _style(order(own.method)).items():
+                part = own[own.method == method]
+                ax.plot(part.k, part.predicted, color=style[0], lw=4, alpha=0.3, label=f"{method}: model")
+    _legend_right(axes[0, 1], axes[0, 0])
     return figure
 
 
@@ -349,12 +431,13 @@ def against_nodes(summary: pd.DataFrame, **where: Any) -> Figure:
         rows = with_k(pick(summary, metric, **where))
         rows = rows[rows.k > 0]
         _lines(ax, rows[rows.tree != "chain"], "nodes", "value")
-        for method, part in rows[rows.tree == "chain"].groupby("method"):
-            ax.plot(part.nodes, part.value, color=_style([method])[method][0], ls=":", label=f"{method}: chain")
+        chains = rows[rows.tree == "chain"]
+        for method, style in _style(order(rows.method)).items():
+            if len(part := chains[chains.method == method]):
+                ax.plot(part.nodes, part.value, color=style[0], ls=":", label=f"{method}: chain")
         ax.set(xlabel="drafted nodes N", ylabel=LABELS[metric])
         ax.axhline(1, color="#4d4d4d", lw=1, ls=":")
-        ax.legend().remove()
-    _legend_right(axes[0, -1])
+    _legend_right(axes[0, 1], axes[0, 0])
     return figure
 
 
@@ -364,18 +447,19 @@ def tree_kinds(summary: pd.DataFrame, **where: Any) -> Figure:
     rows = with_k(pick(summary, "tokens_per_step", **where))
     rows = rows[rows.k > 0]
     methods = order(rows.method)
-    figure, axes = _axes(len(methods), width=max(2.8, 11 / max(len(methods), 1)), height=3.4, sharey=True)
-    for ax, method in zip(axes[0], methods, strict=False):
+    figure, axes = _panels(methods, width=11, height=3.4, sharey=True)
+    for ax, method in zip(axes, methods, strict=False):
         part = rows[rows.method == method]
-        _lines(ax, part.assign(method=part.tree).sort_values("nodes"), "nodes", "value")
-        ax.set(title=method, xlabel="drafted nodes N", ylabel=LABELS["tokens_per_step"] if ax is axes[0, 0] else "")
-        ax.legend(title="", fontsize=8)
+        part = part.assign(method=part.tree.replace("", "chain")).sort_values("nodes")
+        _lines(ax, part, "nodes", "value", dodge=0.015 * rows.nodes.max())
+        ax.set(title=method, xlabel="drafted nodes N", ylabel=LABELS["tokens_per_step"] if ax is axes[0] else "")
+    _legend_right(axes[-1], *axes[:-1])
     return figure
 
 
 @_themed
 def draft_tree(one: decode.Round, tokenizer: Any) -> Figure:
-    """A draft tree as it was verified: a column a slot, accepted nodes and the way to them dark."""
+    """A draft tree as it was verified: a column a slot, accepted nodes and the way to them dark, spaces visible."""
     parent, deepest = one.parent, {0: 0}
     children: dict[int, list[int]] = {}
     for node, above in enumerate(parent, start=1):
@@ -392,7 +476,7 @@ def draft_tree(one: decode.Round, tokenizer: Any) -> Figure:
         return max(below, top + 1)
 
     lines = put(0, 0.0)
-    figure, axes = _axes(1, width=1.6 * (max(deepest.values()) + 1), height=0.27 * lines + 0.6)
+    figure, axes = _axes(1, width=1.6 * (max(deepest.values()) + 1), height=0.27 * lines + 0.9)
     ax = axes[0, 0]
     for row in place:
         dark = row in one.path
@@ -402,13 +486,15 @@ def draft_tree(one: decode.Round, tokenizer: Any) -> Figure:
                 [deepest[above], deepest[row]], [place[above], place[row]],
                 color="#08519c" if dark else "#c0c0c0", lw=2 if dark else 1, zorder=1,
             )  # fmt: skip
-        text = repr(tokenizer.decode([one.drafted[row - 1]]))[1:-1] if row else "root"
+        text = repr(tokenizer.decode([one.drafted[row - 1]]))[1:-1].replace(" ", "\u2423") if row else "root"
         look = {"boxstyle": "round,pad=0.25", "fc": "#08519c" if dark else "#ffffff", "ec": "#808080", "lw": 0.6}
         ax.text(
             deepest[row], place[row], text.replace("$", r"\$"), ha="center", va="center", fontsize=8,
             color="white" if dark else "black", bbox=look, zorder=2,
         )  # fmt: skip
-    ax.set(xlim=(-0.5, max(deepest.values()) + 0.5), ylim=(lines - 0.4, -0.6))
+    for depth in range(1, max(deepest.values()) + 1):
+        ax.text(depth, -1, f"slot {depth - 1}", ha="center", va="center", fontsize=8, color="#4d4d4d")
+    ax.set(xlim=(-0.5, max(deepest.values()) + 0.5), ylim=(lines - 0.4, -1.6))
     ax.set_axis_off()
     return figure
 
@@ -437,9 +523,10 @@ def per_task(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
         _bars(ax, rows[rows.temperature == temperature].sort_values("task"), "task", "value")
         ax.axhline(1, color="black", lw=1)
         ax.set(title=f"T = {temperature:g}", ylabel="")
-        ax.get_legend().remove()
-    if len(temperatures):
-        _legend_right(axes[0, 0])
+    if temperatures:
+        _legend_right(axes[0, 0], *axes[1:, 0])
+    else:
+        _nothing(axes[0, 0])
     figure.supylabel(LABELS[metric], fontsize=10)
     return figure
 
@@ -448,7 +535,9 @@ def per_task(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
 def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
     """What one round costs, in milliseconds by part, and how many tokens it yields; one bar a method and shape.
 
-    Where a round is one CUDA graph its parts are not known apart, and it is one bar.
+    Where a round is one CUDA graph its parts are not known apart, and it is one bar. Where the parts were timed alone
+    and the whole round too (`round_ms`), a mark shows the whole, and the time of a token is its. A part of less than
+    half a percent of every round is drawn, but not named.
     """
     summary, shape = with_k(summary), ["method", "k", "tree", "nodes"]
     rows = pick(summary, list(PARTS), task="all", temperature=temperature)
@@ -458,65 +547,107 @@ def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
         table = table.rename(columns={"verify": WHOLE})
     table = table.loc[:, table.any()]
     table = table.loc[[i for m in order(table.index.get_level_values(0)) for i in table.index if i[0] == m]]
-    tokens = pick(summary, "tokens_per_step", task="all", temperature=temperature).set_index(shape).value
+    of_round = pick(summary, ["tokens_per_step", "round_ms"], task="all", temperature=temperature)
+    known = of_round.groupby(["metric", *shape]).value.mean()
     figure, axes = _axes(1, width=8, height=0.45 * len(table) + 1.3)
-    ax, left = axes[0, 0], np.zeros(len(table))
+    ax, left, total = axes[0, 0], np.zeros(len(table)), table.sum(axis=1).to_numpy()
+    if table.empty:
+        _nothing(ax)
+        return figure
     names = [_way(*index) for index in table.index]
     for part in table:
         colour, hatch = PART_STYLES[part]
-        ax.barh(names, table[part], left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=part)
+        label = part if (table[part] > 0.005 * total).any() else f"_{part}"  # matplotlib leaves out what begins so
+        ax.barh(names, table[part], left=left, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=label)
         left += table[part].to_numpy()
-    for y, (index, total) in enumerate(zip(table.index, left, strict=False)):
-        if total:
-            each = tokens.get(index, 1.0)
-            ax.text(total, y, f"  {each:.2f} tokens: {total / each:.2f} ms a token", va="center", fontsize=8)
+    whole = [known.get(("round_ms", *index)) for index in table.index]
+    marked = [(ms, y) for y, ms in enumerate(whole) if ms is not None]
+    if marked:
+        ax.plot(*zip(*marked, strict=True), "k|", ms=12, mew=1.5, label="whole round")
+    texts = []
+    for y, index in enumerate(table.index):
+        each, ms = known.get(("tokens_per_step", *index), 1.0), total[y] if whole[y] is None else whole[y]
+        if ms:
+            text = f"  {each:.2f} tokens: {ms / each:.2f} ms a token"
+            texts.append(ax.text(max(ms, total[y]), y, text, va="center", fontsize=8))
     ax.invert_yaxis()
-    ax.set(xlabel="time of one round (ms)", xlim=(0, 1.5 * left.max() if len(left) else 1))
+    ax.set(xlabel="time of one round (ms)", xlim=(0, 1.5 * total.max()))
     ax.grid(axis="y", visible=False)
     _legend_right(ax)
+    figure.draw_without_rendering()  # the layout, and so what part of the axis a label takes
+    shares = [min(0.8, text.get_window_extent().width / ax.bbox.width) for text in texts]
+    ax.set_xlim(0, 1.02 * max(text.get_position()[0] / (1 - share) for text, share in zip(texts, shares, strict=True)))
     return figure
 
 
 @_themed
 def against_batch(frame: pd.DataFrame) -> Figure:
     """Tokens a second and speedup over plain decoding against the batch size: columns of `cost.speeds`, a line each."""
-    figure, axes = _axes(2, width=4.6)
-    frame = frame.assign(method=[_way(*line) for line in frame[["method", "k", "tree", "nodes"]].to_numpy()])
-    shown = {"tokens_per_second": "tokens/s, all sequences", "speedup": LABELS["speedup_vs_plain"]}
+    figure, axes = _axes(2, width=5.6)
+    sizes = sorted(frame.batch.unique())
+    shown = {"tokens_per_second": "tokens/s, all sequences (log scale)", "speedup": LABELS["speedup_vs_plain"]}
     for ax, (column, label) in zip(axes[0], shown.items(), strict=True):
-        sns.lineplot(frame, x="batch", y=column, hue="method", style="method", markers=True, errorbar=None, ax=ax)
-        ax.set(xlabel="batch size", ylabel=label, xscale="log", xticks=frame.batch.unique())
-        ax.set_xticklabels([f"{b:g}" for b in frame.batch.unique()])
-        ax.get_legend().remove()
-    axes[0, 1].legend(title="", fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))  # once, and off the lines
+        for name, part, look in _ways(frame):
+            part = part.sort_values("batch")
+            ax.plot(part.batch, part[column], **look, label=name)
+        ax.set(xlabel="batch size (log scale)", ylabel=label, xscale="log")
+        ax.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        ax.set_xticks([], minor=True)
+    axes[0, 0].set_yscale("log")
+    axes[0, 0].yaxis.set_major_formatter("{x:,.0f}")
+    axes[0, 0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.4)))  # names some where a decade is none
     axes[0, 1].axhline(1, color="#4d4d4d", lw=1, ls=":")
+    axes[0, 1].set_ylim(0, None)
+    _legend_right(axes[0, 1])
     return figure
 
 
 @_themed
 def against_tokens(frames: dict[str, pd.DataFrame], goal: float) -> Figure:
     """Speedup as a function of tokens_per_step, a panel a shape (`cost.speeds` at batch 1); dots: what was recorded."""
-    figure, axes = _axes(len(frames), width=4.6, sharey=True)
-    for ax, (name, frame) in zip(axes[0], frames.items(), strict=True):
-        frame = frame[(frame.batch == 1) & (frame.k > 0)]
-        lines = zip(sns.color_palette("colorblind", len(frame)), frame.to_dict("records"), strict=True)
-        for i, (colour, line) in enumerate(lines):
-            slope, most = line["speedup"] / line["tokens_per_step"], line["k"] + 1
-            label = _way(line["method"], line["k"], line["tree"], line["nodes"])
-            ax.plot([1, most], [slope, slope * most], color=colour, ls=("-", "--", ":", "-.")[i % 4], label=label)
-            ax.plot(line["tokens_per_step"], line["speedup"], "o", color=colour)
+    figure, axes = _panels(frames, width=4.2 * len(frames) + 2.6, height=3.6, sharey=True)
+    for ax, (name, frame) in zip(axes, frames.items(), strict=False):
+        for label, part, look in _ways(frame[(frame.batch == 1) & (frame.k > 0)]):
+            line = part.iloc[0]
+            slope, most = line.speedup / line.tokens_per_step, line.k + 1
+            ax.plot([1, most], [slope, slope * most], **{**look, "marker": ""})
+            ax.plot(line.tokens_per_step, line.speedup, **look, label=label)
         ax.axhline(goal, color="#4d4d4d", lw=1, ls=":", label=f"{goal:g}: the paper's")
-        ax.set(title=name, xlabel=LABELS["tokens_per_step"], ylabel=LABELS["speedup_vs_plain"])
-        ax.legend(title="", fontsize=7)
+        label = LABELS["speedup_vs_plain"] if ax is axes[0] else ""
+        ax.set(title=name, xlabel=LABELS["tokens_per_step"], ylabel=label)
+    _legend_right(axes[-1], *axes[:-1])
     return figure
+
+
+def _ways(frame: pd.DataFrame) -> Iterable[tuple[str, pd.DataFrame, dict[str, Any]]]:
+    """Name, rows and look of every method and shape of `cost.speeds`' rows; a method's later shapes are hollow."""
+    frame = with_k(frame)
+    for method, (colour, marker, dashes, _) in _style(order(frame.method)).items():
+        shapes = frame[frame.method == method].groupby(["k", "tree", "nodes"])
+        for i, (shape, part) in enumerate(shapes):
+            dash = ((0, dashes) if dashes else "-", ":", "-.")[i % 3]
+            yield (
+                _way(method, *shape),
+                part,
+                {"color": colour, "marker": marker, "ls": dash, "mfc": "white" if i else colour},
+            )
 
 
 def _way(method: str, k: int, tree: str, nodes: int) -> str:
     return f"{method}, {shape_name(k, tree, nodes)}" if k else method
 
 
-def _legend_right(ax: Axes) -> None:
-    ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, title="")
+def _legend_right(ax: Axes, *others: Axes) -> None:
+    """One legend right of `ax` for it and the others, in whose axes there is then none."""
+    named = {}
+    for one in (*others, ax):
+        named |= dict(zip(*reversed(one.get_legend_handles_labels()), strict=True))
+        if one.get_legend():
+            one.get_legend().remove()
+    names = sorted(named, key=lambda name: list(TREES).index(name) if name in TREES else len(TREES))
+    if names:
+        where = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0)}
+        ax.legend([named[name] for name in names], names, **where, frameon=False, title="")
 
 
 # --- coloured text --------------------------------------------------------------------------------------------------
@@ -659,5 +790,5 @@ def recipe(trainings: pd.DataFrame) -> Figure:
         if (base := part[part.variant == "base"].tokens_per_step).size:
             ax.axvline(base.mean(), color="#808080", ls=":")
         ax.set(yticks=list(places.values()), yticklabels=list(places), title=batch, ylim=(-0.6, len(places) - 0.4))
-    axes[-1].set_xlabel(LABELS["tokens_per_step"])
+        ax.set_xlabel(LABELS["tokens_per_step"])
     return figure

@@ -402,6 +402,142 @@ def test_methods_differ_in_greyscale():
     )
 
 
+def test_colours_are_of_methods_alone():
+    own = {look[0] for look in plots.STYLES.values()}
+    others = {look[0] for look in (*plots.TREES.values(), *plots.SPARE, *plots.PART_STYLES.values())}
+    assert len(own) == len(plots.STYLES) and not own & others
+
+
+def engine_table():
+    """`cost.speeds`' rows: two shapes of eagle, hf_generate at batch 1 alone, the ratios by hand."""
+    lines = [
+        ("eagle-ps", "best_first", 8, 16),
+        ("eagle", "chain", 3, 3),
+        ("eagle", "dynamic", 4, 16),
+        ("plain", "", 0, 0),
+    ]
+    made = [(*line, batch, 2.0 + i * 0.1) for i, line in enumerate(lines) for batch in (1, 32)]
+    frame = pd.DataFrame(made, columns=["method", "tree", "k", "nodes", "batch", "tokens_per_step"])
+    frame.loc[len(frame)] = ("hf_generate", "", 0, 0, 1, 1.0)
+    return frame.assign(tokens_per_second=100.0 * frame.batch, speedup=frame.tokens_per_step / 1.5)
+
+
+def named(ax):
+    """Labels and colours of the legend's lines."""
+    lines = zip(ax.get_legend().get_texts(), ax.get_legend().get_lines(), strict=True)
+    return {text.get_text(): line.get_color() for text, line in lines}
+
+
+def test_a_method_keeps_its_colour_and_place_against_batches_and_tokens():
+    frame = engine_table()
+    colour = {method: look[0] for method, look in plots.STYLES.items()}
+    wanted = {
+        "eagle, k = 3": colour["eagle"],
+        "eagle, dynamic 16 (k = 4)": colour["eagle"],
+        "eagle-ps, best_first 16 (k = 8)": colour["eagle-ps"],
+    }
+    first = {"plain": colour["plain"], "hf_generate": colour["hf_generate"]}
+    left, right = plots.against_batch(frame).axes
+    assert list(named(right).items()) == list((first | wanted).items()) and left.get_legend() is None
+    assert left.get_yscale() == left.get_xscale() == "log"
+    (ax,) = plots.against_tokens({"toy": frame}, 2.84).axes
+    assert list(named(ax).items())[:-1] == list(wanted.items())
+    looks = [(line.get_marker(), line.get_mfc()) for line in right.get_lines() if line.get_color() == colour["eagle"]]
+    assert len(set(looks)) == 2  # two shapes of one method differ
+
+
+def test_slots_have_one_colour_and_labels_apart():
+    made = [("short", i, 0.4) for i in range(2)] + [("long", i, 0.4 + 0.001 * i) for i in range(5)]
+    rows = [{"stage": s, "tokens": t, "metric": f"accept_cond_{i}", "value": v} for s, i, v in made for t in (1e4, 2e4)]
+    rows += [{"stage": "other", "tokens": 1e4, "metric": "loss_0", "value": 3.0}]
+    figure = plots.slot_curves(pd.DataFrame(rows))
+    short, long = figure.axes  # the third has no panel, but is named
+    assert [line.get_color() for line in short.lines] == [line.get_color() for line in long.lines][:2]
+    assert figure.get_supxlabel() == "not measured while training: other"
+    assert [text.get_text() for text in long.texts] == list("01234")
+    places = np.array([text.get_position()[1] for text in long.texts])
+    assert np.diff(places).min() > 0.05 and places.mean() == pytest.approx(0.402)
+    assert short.get_xlabel() == "tokens seen (thousands)"
+    assert np.allclose(plots._apart([0.0, 0.5, 0.99, 1.0], 0.1), [0.0, 0.5, 0.9, 1.0])
+
+
+def test_training_curves_name_their_units(training):
+    alone = plots.training_curves(training[training.stage == "target"], ("loss", "heldout_nats")).axes[0]
+    assert alone.get_ylabel() == "nats per token" and alone.get_xlabel() == "tokens seen (millions)"
+    assert [text.get_text() for text in alone.get_legend().get_texts()] == ["training loss", "held-out text"]
+    live = [{"stage": "live", "tokens": 100 * i, "metric": m, "value": 5.0} for i in (1, 2) for m in ("loss", "loss_0")]
+    ax = plots.training_curves(pd.DataFrame(live), ["loss", "loss_0"]).axes[0]
+    assert ax.get_xlabel() == "tokens seen" and ax.get_ylabel() == "loss (slots: nats per token)"
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["training loss", "slot 0"]
+    ax = plots.training_curves(pd.DataFrame(live)).axes[0]
+    assert ax.get_legend() is None and ax.get_ylabel() == "loss (each drafter's own)"
+
+
+def test_acceptance_ends_where_few_rounds_came(summary):
+    rows = plots.pick(summary, stage="03_draft_length", task="all", method="eagle", k=8)
+    for slot, low, high in ((4, 0.1, 0.9), (6, 1.0, 1.0)):
+        rows.loc[rows.metric.isin([f"accept_cond_{slot}", f"accept_uncond_{slot}"]), ["low", "high"]] = low, high
+    left, right = plots.acceptance(rows).axes
+    assert [max(ax.lines[0].get_xdata()) for ax in (left, right)] == [3, 7]
+    sure = rows.assign(low=0.5, high=0.5)  # at slot 0 there is every round
+    assert list(plots.acceptance(sure).axes[0].lines[0].get_xdata()) == [0]
+
+
+def test_cost_split_shows_the_whole_round(summary):
+    """Rows of notebook 7: the parts sum to 5.3 ms, a round takes 6.0."""
+    parts = {
+        "draft_ms": 1.2,
+        "verify_ms": 4.0,
+        "walk_ms": 0.1,
+        "host_ms": 1e-4,
+        "round_ms": 6.0,
+        "tokens_per_step": 2.0,
+    }
+    row = {"method": "eagle-ps", "tree": "chain", "k": 4, "nodes": 4, "task": "all", "temperature": 0.7}
+    frame = report.rows("07_cost", [{**row, "metric": m, "value": v, "n": 1} for m, v in parts.items()])
+    figure = plots.cost_split(frame, 0.7)
+    (ax,) = figure.axes
+    assert [text.get_text().strip() for text in ax.texts] == ["2.00 tokens: 3.00 ms a token"]
+    assert {text.get_text() for text in ax.get_legend().get_texts()} == {"whole round", "draft", "verify", "walk"}
+    figure.draw_without_rendering()
+    assert ax.texts[0].get_window_extent().x1 <= ax.bbox.x1 + 1
+    speedup = plots.cost_split(summary[summary.stage == "04_speedup"], 0.7).axes[0]  # the parts are the round
+    assert "whole round" not in [text.get_text() for text in speedup.get_legend().get_texts()]
+    shown = next(text.get_text() for text in speedup.texts if text.get_position()[1] == 0)
+    assert shown.strip() == "1.00 tokens: 7.80 ms a token"
+
+
+def test_draft_tree_shows_spaces_and_slots():
+    tokenizer = toys.tokenizer()
+    tokenizer.decode = lambda ids: {1: " a", 2: "\n  ", 3: "b"}[ids[0]]
+    ax = plots.draft_tree(decode.Round(0, [1, 2, 3], 1, parent=[0, 1, 0], path=[0, 1]), tokenizer).axes[0]
+    texts = [text.get_text() for text in ax.texts]
+    assert {"root", "\u2423a", "\\n\u2423\u2423", "b", "slot 0", "slot 1"} == set(texts)
+
+
+def test_tables_read_as_words_and_names():
+    frame = pd.DataFrame(
+        {"same": [True, np.True_], "seed": [2410, np.nan], "tokens": [12345, 3], "x": [0.12345, np.nan]}
+    )
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", plots.table(frame).to_html())
+    assert cells == ["yes", "2410", "12,345", "0.123", "yes", "", "3", ""]
+
+
+def test_figures_of_nothing_say_so(summary, training):
+    none, curves = summary[:0], training[:0]
+    times = pd.DataFrame(columns=["method", "k", "draft_ms", "low", "high"]).astype({"k": int, "draft_ms": float})
+    recipe = pd.DataFrame(columns=["tokens", "batch", "variant", "tokens_per_step", "low", "high"])
+    for figure in (
+        plots.training_curves(curves), plots.slot_curves(curves), plots.draft_time(times),
+        plots.acceptance(none, task="all"), plots.against_k(none, task="all"), plots.against_nodes(none, task="all"),
+        plots.tree_kinds(none, task="all"), plots.speedups(none), plots.per_task(none), plots.cost_split(none, 0.7),
+        plots.against_batch(engine_table()[:0]), plots.against_tokens({}, 2.84), plots.recipe(recipe),
+        plots.against_tokens({"toy": engine_table()[:0]}, 2.84),
+    ):  # fmt: skip
+        figure.draw_without_rendering()
+    assert [text.get_text() for text in plots.slot_curves(curves).axes[0].texts] == ["not measured"]
+
+
 def test_figures_are_saved_with_their_caption(summary, training, tmp_path):
     one = plots.pick(summary, stage="03_draft_length")
     model = plots.with_k(plots.pick(one, "speedup_vs_plain", task="all")).rename(columns={"value": "predicted"})
