@@ -223,7 +223,7 @@ def table(frame: pd.DataFrame) -> Styler:
         return f"{cell:,}" if isinstance(cell, int | np.integer) else html.escape(str(cell))
 
     left = {"selector": "th, td", "props": "text-align: left; white-space: normal"}
-    formats = {name: "{:.0f}".format if name == "seed" else shown for name in frame}
+    formats = {name: str if name == "seed" and pd.api.types.is_integer_dtype(frame[name]) else shown for name in frame}
     return frame.style.hide(axis="index").format(formats, na_rep="").set_table_styles([left])
 
 

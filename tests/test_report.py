@@ -516,11 +516,9 @@ def test_draft_tree_shows_spaces_and_slots():
 
 
 def test_tables_read_as_words_and_names():
-    frame = pd.DataFrame(
-        {"same": [True, np.True_], "seed": [2410, np.nan], "tokens": [12345, 3], "x": [0.12345, np.nan]}
-    )
+    frame = pd.DataFrame({"same": [True, np.True_], "seed": [2410, 1], "tokens": [12345, 3], "x": [0.12345, np.nan]})
     cells = re.findall(r"<td[^>]*>([^<]*)</td>", plots.table(frame).to_html())
-    assert cells == ["yes", "2410", "12,345", "0.123", "yes", "", "3", ""]
+    assert cells == ["yes", "2410", "12,345", "0.123", "yes", "1", "3", ""]
 
 
 def test_figures_of_nothing_say_so(summary, training):
