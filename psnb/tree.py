@@ -147,13 +147,24 @@ def _tables(k: int, nodes: int, width: int) -> tuple[Tensor, ...]:
     return slots, seen, above, torch.tensor([len(path) for path in found]), torch.tensor([path[-1] for path in found])
 
 
+@torch.library.custom_op("psnb::ranked", mutates_args=())
+def ranked(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., n] in descending order: values and places. The compiler would make a kernel of its own for each shape."""
+    return x.sort(-1, descending=True)
+
+
+@ranked.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(x, dtype=torch.long)
+
+
 def _linked(pairs: Tensor, ranks: Tensor) -> tuple[Tensor, Tensor]:
     """Paths along candidates that are ranked anew after each of the slot before: pairs [..., k, W, W], ranks [S, k].
 
     Which candidate stands at each slot of a path, and its score: [..., S, k]. k = 2, W = 2, pairs of slot 1 [-1 -2]
     after candidate 0 and [-4 -3] after 1: path 0 0 ends with candidate 0 if 0 is slot 0's best, with 1 if 1 is.
     """
-    values, order = (part.flatten(-2) for part in pairs.sort(-1, descending=True))
+    values, order = (part.flatten(-2) for part in ranked(pairs))
     row, places, scores = torch.zeros_like(ranks[:, 0]).expand(*pairs.shape[:-3], -1), [], []
     for slot, rank in enumerate(ranks.T):
         at = row * pairs.shape[-1] + rank
