@@ -676,7 +676,7 @@ def committed(path):
     return None if (ROOT / ".git").exists() or not (ROOT / path).is_file() else (ROOT / path).read_text()
 
 
-@pytest.mark.parametrize("profile", ["embedded", "h200"])
+@pytest.mark.parametrize("profile", ["embedded", "h200", "h200-long"])
 def test_readme_agrees_with_the_committed_results(profile, tmp_path):
     tables = committed(f"results/{profile}/summary.csv")
     if tables is None:
