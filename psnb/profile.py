@@ -103,7 +103,12 @@ class DrafterSpec:
     train: FitSpec | None = None
 
 
-CHOICES = {"mask_mode": ("distinct", "shared"), "attention": ("structured", "dense"), "labels": ("soft", "hard")}
+CHOICES = {
+    "kind": ("medusa", "eagle", "medusa-ps", "eagle-ps"),  # the keys of drafters.KINDS, known without torch
+    "mask_mode": ("distinct", "shared"),
+    "attention": ("structured", "dense"),
+    "labels": ("soft", "hard"),
+}
 OPTIMIZERS = ("adamw", "muon")
 
 
@@ -186,11 +191,12 @@ def load(name: str) -> Profile:
     if name.endswith(".toml"):
         path = Path(name)
         if not path.is_file():
-            raise UserError(f"profile file {name} does not exist")
+            raise UserError(f"profile file {name} does not exist; profiles that come with psnb: {', '.join(names())}")
         text, name = path.read_text(), path.stem
     else:
         if name not in names():
-            raise UserError(f"unknown profile {name!r}; {nearest(name, names())}")
+            cure = f"did you mean {name}.toml?" if Path(f"{name}.toml").is_file() else nearest(name, names())
+            raise UserError(f"unknown profile {name!r}; {cure}")
         text = (resources.files("psnb.profiles") / f"{name}.toml").read_text()
     try:
         table = tomllib.loads(text)

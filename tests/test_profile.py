@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from psnb import profile, runner
+from psnb.drafters import KINDS
 from psnb.errors import UserError
 from psnb.study import Study
 
@@ -45,6 +46,7 @@ def test_names():
         ('title = "a"\n[target]\nhiden_size = 3', "did you mean hidden_size"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nk = 0', "k = 0; .* set k to 1 or more"),
         ('title = "a"\n[drafters.x]\nk = 3', "drafters.x: kind missing"),
+        ('title = "a"\n[drafters.x]\nkind = "egle-ps"', "drafters.x: kind 'egle-ps'; did you mean eagle-ps"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nkeep = 0.0', "shares in"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nanchors = 1.5', "shares in"),
         ('title = "a"\n[drafters.x]\nkind = "eagle-ps"\ncurriculum = 1.5', "curriculum is a share"),
@@ -84,12 +86,19 @@ def test_a_model_alone_needs_no_notebooks_tools(toy, monkeypatch):
         runner.run("toy.toml")
 
 
-def test_a_file_of_ones_own(tmp_path):
+def test_the_kinds_are_those_that_can_be_built():
+    assert profile.CHOICES["kind"] == tuple(KINDS)
+
+
+def test_a_file_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "mine.toml").write_text('title = "a"\n[drafters.x]\nkind = "eagle"\nkeep = 1\n[notebooks.01_a]\nn = 2')
     found = profile.load(str(tmp_path / "mine.toml"))
     assert (found.name, found.notebooks) == ("mine", {"01_a": {"n": 2}})
     assert isinstance(found.drafters["x"].keep, float)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="does not exist; profiles that come with psnb: embedded, h200"):
         profile.load(str(tmp_path / "other.toml"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"unknown profile 'mine'; did you mean mine\.toml\?"):
+        profile.load("mine")
     with pytest.raises(UserError, match="did you mean smoke"):
         profile.load("smok")
