@@ -75,7 +75,11 @@ def run(
     if target.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     engines = Engines(target, drafters)
-    plan = arms({name: min(k, drafter.k) for name, drafter in drafters.items()}, nodes)
+    lengths = {name: min(k, drafter.k) for name, drafter in drafters.items()}
+    for name, length in lengths.items():
+        if length < k:
+            manifest.say(f"{name}: drafts {length} tokens, not {k}: it was trained for no more")
+    plan = arms(lengths, nodes)
     budget = {"temperatures": temperatures, "max_new_tokens": tokens, "repeats": repeats}
     seed = study.profile.seed
     runs = measure.run(target, drafters, chosen, arms=plan, seed=seed, label="bench", engines=engines, **budget)

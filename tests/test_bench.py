@@ -70,6 +70,13 @@ def test_wrong_requests_are_refused_before_work(study, wrong, message):
         bench.run(study, **wrong)
 
 
+def test_a_drafter_of_fewer_slots_says_so(study, capsys):
+    slots = study.profile.drafters["medusa"].k
+    found = bench.run(study, methods=["medusa"], k=99, prompts=1, tokens=4, temperatures=[0.0])
+    assert f"medusa: drafts {slots} tokens, not 99" in capsys.readouterr().out
+    assert bench.table(found).k.max() == slots
+
+
 def test_engines_give_what_decode_gives_whatever_changes_between_calls(study):
     target = study.target()
     engines = Engines(target, study.profile.drafters)
