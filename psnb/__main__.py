@@ -28,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
         prog="psnb", description=psnb.__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     top.add_argument("--version", action="version", version=f"psnb {psnb.__version__}")
-    commands = top.add_subparsers(dest="command", required=True, metavar="run | train | list | report | bench")
+    commands = top.add_subparsers(dest="command", metavar="run | train | list | report | bench")
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
@@ -78,6 +78,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command. Exit codes: 0, 1 (a file cannot be written), 2 (the user can mend it), 130 (Ctrl-C)."""
     given = parser().parse_args(arguments)
+    if given.command is None:
+        parser().print_help(sys.stderr)
+        return 2
     try:
         return command(given)
     except UserError as error:

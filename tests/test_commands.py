@@ -315,6 +315,11 @@ def test_ci_runs_make_test():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
+def test_bare_psnb_prints_the_help(capsys):
+    assert main([]) == 2
+    assert "examples:" in (told := capsys.readouterr().err) and "error" not in told
+
+
 def test_errors_inside_are_user_errors(toy):
     with pytest.raises(UserError, match="unknown stage"):
         runner.run("toy.toml", only="x")
