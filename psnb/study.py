@@ -20,10 +20,11 @@ import importlib.metadata
 import json
 import os
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,15 @@ def _difference(old: Any, new: Any, where: str = "") -> list[str]:
 
 def _weights(folder: Path) -> dict[str, str]:
     return {p.name: manifest.sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
+
+
+def _tracked(folder: Path) -> bool:
+    """Whether git has weights in that folder; False outside git."""
+    words = ["git", "-C", str(folder), "ls-files", "--", "*.safetensors"]
+    try:
+        return bool(subprocess.run(words, capture_output=True).stdout)
+    except OSError:  # no git here
+        return False
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -543,19 +553,29 @@ class Study:
         return self._loaded["target_id"]
 
     def ready(self, name: str) -> bool:
-        """Whether a checkpoint is there for this very profile (its weights are not looked at)."""
-        return name not in self.fresh and stage_facts(self.checkpoint(name)).get("key") == digest(self._spec(name))
+        """Whether a checkpoint is there for this very profile (what is in its weights is not looked at)."""
+        key = stage_facts(self.checkpoint(name)).get("key")
+        return name not in self.fresh and key == digest(self._spec(name)) and not self.recorded_only(name)
+
+    def recorded_only(self, name: str) -> bool:
+        """Whether a checkpoint is a record without weights, as in a clone of a run whose weights were not published.
+
+        Weights that git has count as lost, not as never there.
+        """
+        folder = self.checkpoint(name)
+        files = [folder / file for file in stage_facts(folder).get("weights", {})]
+        return bool(files) and not any(file.exists() for file in files) and not _tracked(folder)
 
     def _cure(self, name: str) -> str:
         folder, again = self.checkpoint(name), f"`psnb run --profile {self.profile.name} --only {name} --fresh`"
-        if folder.is_relative_to(self.root):
+        if folder.is_relative_to(self.root) and _tracked(folder):
             return (
                 f"`git checkout -- {folder.relative_to(self.root)}` brings a shipped one back, {again} trains it again"
             )
         return f"{again} trains it again"
 
     def _trained(self, name: str) -> Path:
-        """The checkpoint's folder: as it is if its key fits, else trained.
+        """The checkpoint's folder: as it is if its key fits and its weights are here, else trained.
 
         Raises UserError for a damaged one: nothing is trained again that nobody asked for.
         """
@@ -567,12 +587,15 @@ class Study:
             why = "training"
         elif not {"key", "spec", "weights", "machine", "seconds", "at"} <= about.keys():
             raise UserError(f"{folder / 'stage.json'}: missing or damaged; {self._cure(name)}")
+        elif self.recorded_only(name):
+            why = "training again, for its weights are not here"
         elif about["key"] != digest(spec):
             why = f"training again, for the profile changed ({', '.join(_difference(about['spec'], spec))})"
         else:
             found = _weights(folder)
             for file in (file for file, sha256 in about["weights"].items() if found.get(file) != sha256):
-                raise UserError(f"{folder / file}: damaged (its sha256 is not the recorded one); {self._cure(name)}")
+                what = "damaged (its sha256 is not the recorded one)" if file in found else "missing"
+                raise UserError(f"{folder / file}: {what}; {self._cure(name)}")
             self.once(name, f"reused (trained {about['at'][:10]} on {about['machine']} in {about['seconds']:.0f} s)")
             return folder
 

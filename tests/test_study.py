@@ -119,16 +119,22 @@ def test_shipped_checkpoints_are_used_as_they_are(toy, made, monkeypatch):
     assert "train eagle" in made
 
 
-@pytest.mark.parametrize("damage", ["bytes", "stage.json", "no stage.json", "gone"])
-def test_damaged_checkpoint_is_an_error_not_a_retraining(toy, made, damage):
+@pytest.mark.parametrize(
+    ("damage", "shipped"),
+    [("bytes", True), ("bytes", False), ("stage.json", True), ("no stage.json", False), ("lost", True)],
+)
+def test_damaged_checkpoint_is_an_error_not_a_retraining(toy, made, damage, shipped):
     study = Study.open("toy.toml")
     study.target()
     folder = study.checkpoint("target")
+    if shipped:
+        subprocess.run(["git", "init", "-q"], check=True)
+        subprocess.run(["git", "add", "results"], check=True)
     if damage == "bytes":
         data = bytearray((folder / "model.safetensors").read_bytes())
         data[-1] ^= 1
         (folder / "model.safetensors").write_bytes(data)
-    elif damage == "gone":
+    elif damage == "lost":
         (folder / "model.safetensors").unlink()
     elif damage == "stage.json":
         (folder / "stage.json").write_text("{")
@@ -137,13 +143,43 @@ def test_damaged_checkpoint_is_an_error_not_a_retraining(toy, made, damage):
     made.clear()
     with pytest.raises(UserError) as error:
         Study.open("toy.toml").target()
-    assert "damaged" in str(error.value)
-    assert "git checkout -- results/toy/checkpoints/target" in str(error.value)
+    assert ("missing" if damage == "lost" else "damaged") in str(error.value)
+    assert ("git checkout -- results/toy/checkpoints/target" in str(error.value)) is shipped
     assert "--only target --fresh" in str(error.value)
     assert made == []
     Study.open("toy.toml", fresh=["target"]).target()  # the cure
     Study.open("toy.toml").target()
     assert made == ["train target", "load target", "load target"]
+
+
+@pytest.mark.parametrize("in_git", [True, False])
+def test_weights_that_were_never_shipped_are_trained_again(toy, made, monkeypatch, capsys, in_git):
+    """A clone of a run whose weights were not published has its records; a failing training leaves them."""
+    study = Study.open("toy.toml")
+    study.drafter("eagle-ps")
+    for name in study.models:
+        (study.checkpoint(name) / "model.safetensors").unlink()
+    if in_git:
+        subprocess.run(["git", "init", "-q"], check=True)
+        subprocess.run(["git", "add", "results"], check=True)
+    made.clear()
+    capsys.readouterr()
+    study = Study.open("toy.toml")
+    assert not any(study.ready(name) for name in study.models)
+    before = {path: path.read_bytes() for path in (study.results / "checkpoints").rglob("*") if path.is_file()}
+    with monkeypatch.context() as failing:
+        failing.setattr(target, "train", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            study.target()
+    assert before == {path: path.read_bytes() for path in (study.results / "checkpoints").rglob("*") if path.is_file()}
+    Study.open("toy.toml").drafter("eagle-ps")
+    assert [call for call in made if call.startswith("train")] == [
+        "train target",
+        "train eagle",
+        "train eagle-ps from eagle",
+    ]
+    assert capsys.readouterr().out.count("training again, for its weights are not here") == 4  # with the failed one
+    assert all(Study.open("toy.toml").ready(name) for name in study.models)
 
 
 def test_loading_errors_name_file_and_cure(toy, made, monkeypatch):
