@@ -105,13 +105,15 @@ def command(given: argparse.Namespace) -> int:
     if given.command == "list":
         status = runner.status(Study.open(given.profile, given.output))
         for row in [status.columns, *status.itertuples(index=False)]:
-            print("{:<20}{:<10}{}".format(*row))
+            print("{:<20}{:<18}{}".format(*row))
     elif given.command == "run":
         parameters = _parameters(given.parameters)
+        Study.open(given.profile, given.output).check_files(given.only or "")
         _where(runner.run(given.profile, given.only, given.fresh, parameters, given.output))
     elif given.command == "train" and given.into:
         runner.work(given.profile, given.stage, Path(given.into), given.output)
     elif given.command == "train":
+        Study.open(given.profile, given.output).check_files(given.stage)
         print(runner.train(given.profile, given.stage, given.processes, given.fresh, given.output))
     elif given.command == "bench":
         _bench(given)

@@ -67,6 +67,7 @@ def run(
     wrong = [name for name in methods if name not in study.profile.drafters]
     if wrong:
         raise UserError(f"unknown drafter {wrong[0]!r}; {nearest(wrong[0], study.profile.drafters)}")
+    study.check_files(models=["target", *(methods or study.profile.drafters)])
     study = study.fastest()
     target = study.target()
     drafters = {name: study.drafter(name) for name in methods or study.profile.drafters}

@@ -62,6 +62,12 @@ MEASURING = (  # the sources that a measured number comes from
 )
 TOKENIZER_BYTES = 60_000_000  # of text that a tokenizer is trained on
 BF16_TESTS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu: dot products in bfloat16
+CHATS = (".jsonl", ".jsonl.xz")  # files of chats; any other source is a hub data set
+STAND_INS = {  # for a file of [data] that is not there
+    "source": 'let data.source name another .jsonl[.xz] file of {"messages": ...} or a hub data set',
+    "validation": "drop data.validation: a share of data.source is then held out",
+    "questions": "drop data.questions: prompts are then cut from held-out text",
+}
 HELD_ROWS = 256  # held-out rows that are judged while training
 MANY_CHATS = 20_000  # that are tokenised in several processes
 
@@ -282,6 +288,31 @@ class Study:
 
     # --- data -----------------------------------------------------------------------------------------------------
 
+    def check_files(self, stage: str = "", models: Sequence[str] = ()) -> None:
+        """Refuses before any work what would fail for a missing file of [data].
+
+        Of a whole run, one `stage` of it, or what decodes with these `models`. Data stages look at their files
+        themselves, and a report reads none. Raises UserError.
+        """
+        if stage in DATA or stage.endswith("report"):
+            return
+        asks = stage not in self.models
+        wanted = (models or self.models) if asks else [stage]
+        if asks:
+            self._need("questions")
+        made = all(self.ready(name) for name in wanted if name != "target" or not self.profile.target.path)
+        if not made or (asks and not self.profile.data.questions):
+            self._need("source", "validation")
+
+    def _need(self, *keys: str) -> None:
+        """Raises UserError for the first local file of these keys of [data] that is not there."""
+        spec = self.profile.data
+        for key in keys:
+            for name in spec.sources if key == "source" else filter(None, [getattr(spec, key)]):
+                if (key == "questions" or name.endswith(CHATS)) and not (path := self.root / name).is_file():
+                    where = f"profile {self.profile.name}: data.{key}: no such file {path.resolve()}"
+                    raise UserError(f"{where}; put it there, or {STAND_INS[key]}")
+
     def corpus(self) -> DatasetDict:
         """Documents or chats in splits `train` and `held_out`, memory-mapped.
 
@@ -340,9 +371,10 @@ class Study:
 
         from psnb import data
 
+        self._need("source", "validation")
         spec, seed, facts, parts = self.profile.data, self.profile.seed, Counter(), []
         for source in (*spec.sources, *filter(None, [spec.validation])):
-            is_file = source.endswith((".jsonl", ".jsonl.xz"))
+            is_file = source.endswith(CHATS)
             records, counts = data.load_records(str(self.root / source) if is_file else source, spec.split)
             facts.update(counts)
             parts.append(records)
@@ -363,7 +395,7 @@ class Study:
         """The target's own tokenizer, or one trained on the corpus where the target is still to be trained."""
         from transformers import AutoTokenizer
 
-        spec, path = self.profile.data, self.profile.target.path
+        spec, path = self.profile.data, self._path()
         if not path and self.ready("target"):
             path = str(self.checkpoint("target"))
         if not path:
@@ -461,11 +493,11 @@ class Study:
 
         from psnb import data, prompts
 
+        self._need("questions")
         spec, tokenizer = self.profile.data, self.tokenizer()
         depends: list[Any] = [self._tokenizer_id(tokenizer), (spec.prompts_per_family, spec.max_prompt_tokens)]
         if spec.questions:
-            if not (file := self.root / spec.questions).is_file():
-                raise UserError(f"profile {self.profile.name}: data.questions = {spec.questions!r}: no such file")
+            file = self.root / spec.questions
             depends.insert(0, manifest.sha256_file(file))
         else:
             held_out = self.corpus()["held_out"]
@@ -529,9 +561,20 @@ class Study:
         warm = digest(self._spec(spec.warm_start)) if spec.warm_start else ""
         return {**common, "drafter": _seen(spec), "target": self._target_id(), "warm_start": warm}
 
+    def _path(self) -> str:
+        """The profile's target.path. Raises UserError where it means a folder and there is none: no hub has it."""
+        path = self.profile.target.path
+        means_folder = path.startswith((".", "/", "~", "results/")) or ("/" in path and Path(path).parent.is_dir())
+        if means_folder and not Path(path).is_dir():
+            raise UserError(
+                f"profile {self.profile.name}: target.path = {path!r}: no such folder ({Path(path).resolve()}); "
+                "give an existing one, or the name of a model on the hub"
+            )
+        return path
+
     def _target_id(self) -> str:
         """Hash of the target's weights, empty if it has none yet; of a hub model its name and commit."""
-        path = self.profile.target.path
+        path = self._path()
         if not path:
             weights = stage_facts(self.checkpoint("target")).get("weights")
             return digest(weights) if weights else ""
@@ -547,7 +590,8 @@ class Study:
             except (OSError, ValueError) as error:
                 why = str(error).strip().splitlines()[0]
                 raise UserError(
-                    f"target.path = {path!r} is no folder, and cannot be fetched from the hub: {why}"
+                    f"target.path = {path!r} is no folder, and cannot be fetched from the hub: {why}; give an existing "
+                    f"folder, or `hf download {path}` while there is a network and set HF_HUB_OFFLINE=1 without one"
                 ) from error
             self._loaded["target_id"] = f"{path}@{own}"
         return self._loaded["target_id"]
@@ -701,9 +745,8 @@ class Study:
 
         from psnb import target
 
-        spec = self.profile.target
         if "target" not in self._loaded or "target" in self.fresh:
-            path = spec.path or self._trained("target")
+            path = self._path() or self._trained("target")
             dtype = getattr(torch, self.profile.dtype)
             self._loaded["target"] = self._load("target", lambda: target.load(path, dtype=dtype, device=self.device))
         return self._loaded["target"]

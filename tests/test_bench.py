@@ -27,6 +27,7 @@ def study(tmp_path_factory):
         target=lambda: target,
         drafter=drafters.__getitem__,
         prompts=lambda: prompts,
+        check_files=lambda models: None,
     )
     made.fastest = lambda: made
     return made

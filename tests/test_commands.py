@@ -315,6 +315,16 @@ def test_ci_runs_make_test():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
+@pytest.mark.parametrize("command", [["run"], ["train", "--stage", "eagle"], ["bench"]])
+def test_a_missing_file_of_data_is_refused_at_the_start(toy, capsys, command):
+    text = (toy / "toy.toml").read_text()
+    (toy / "toy.toml").write_text(text.replace("[target]", '[data]\nsource = "a/../gone.jsonl"\n[target]'))
+    line = refused(capsys, *command, "--profile", "toy.toml")
+    assert f"data.source: no such file {toy}/gone.jsonl; put it there, or let data.source name another" in line
+    assert not (toy / "results").exists()
+    assert main(["list", "--profile", "toy.toml"]) == 0
+
+
 def test_bare_psnb_prints_the_help(capsys):
     assert main([]) == 2
     assert "examples:" in (told := capsys.readouterr().err) and "error" not in told

@@ -182,6 +182,51 @@ def test_weights_that_were_never_shipped_are_trained_again(toy, made, monkeypatc
     assert all(Study.open("toy.toml").ready(name) for name in study.models)
 
 
+def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(toy, monkeypatch):
+    def asked(*_, **__):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", asked)
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", asked)
+    (toy / "models").mkdir()
+    text = (toy / "toy.toml").read_text()
+    for path in ("results/nowhere", "./nowhere", "models/nowhere", str(toy / "nowhere")):
+        (toy / "toy.toml").write_text(text.replace("[target]", f'[target]\npath = "{path}"'))
+        for use in (lambda s: s.ready("eagle"), lambda s: s.target(), lambda s: s.tokenizer()):
+            with pytest.raises(
+                UserError, match=r"target.path = '.*nowhere': no such folder \(/.*; give an existing one"
+            ):
+                use(Study.open("toy.toml"))
+    (toy / "toy.toml").write_text(text.replace("[target]", '[target]\npath = "owner/name"'))
+    with pytest.raises(AssertionError, match="the hub was asked"):
+        Study.open("toy.toml").ready("eagle")
+
+
+def test_missing_files_are_refused_before_work(toy, made):
+    (toy / "there.jsonl").write_text("{}")
+    text = '[data]\nsource = "there.jsonl, ../x/gone.jsonl.xz"\nvalidation = "{}"\nquestions = "{}"\n[target]'
+    change(toy, "[target]", text.format("val.jsonl", "asked.jsonl"))
+    project = toy.parent
+    with pytest.raises(UserError, match=r"toy: data.questions: no such file \S+/asked.jsonl; put it there, or drop"):
+        Study.open("toy.toml").check_files()
+    with pytest.raises(UserError, match=rf"data.source: no such file {project}/x/gone.jsonl.xz; .* hub data set"):
+        Study.open("toy.toml").check_files("eagle")  # a training asks no questions
+    (toy / "asked.jsonl").write_text("{}")
+    change(toy, ", ../x/gone.jsonl.xz", "")
+    with pytest.raises(UserError, match=r"data.validation: no such file \S+/val.jsonl; .*a share of data.source"):
+        Study.open("toy.toml").check_files()
+    with pytest.raises(UserError, match="data.validation: no such file"):
+        Study.open("toy.toml").corpus()
+    Study.open("toy.toml").check_files("report")
+    Study.open("toy.toml").drafter("eagle")
+    Study.open("toy.toml").check_files("eagle")  # made: no text is read again
+    Study.open("toy.toml").check_files("01_first", ["target", "eagle"])
+    with pytest.raises(UserError, match="data.validation"):
+        Study.open("toy.toml").check_files("eagle-ps")
+    change(toy, 'source = "there.jsonl"\nvalidation = "val.jsonl"', 'source = "hub/set"')
+    Study.open("toy.toml").check_files()
+
+
 def test_loading_errors_name_file_and_cure(toy, made, monkeypatch):
     def broken(path, dtype, device):
         raise RuntimeError("size mismatch for w\nlong explanation")
@@ -384,7 +429,7 @@ def test_chats_become_rows_with_a_loss_mask(toy):
     change(toy, "[data]", '[data]\nquestions = "question.jsonl"')
     assert Study.open("toy.toml").prompts()["id"] == ["qa-000"]
     change(toy, '"question.jsonl"', '"gone.jsonl"')
-    with pytest.raises(UserError, match="data.questions = 'gone.jsonl': no such file"):
+    with pytest.raises(UserError, match="data.questions: no such file .*gone.jsonl"):
         Study.open("toy.toml").prompts()
 
 
