@@ -298,11 +298,11 @@ class Study:
             return
         asks = stage not in self.models
         wanted = (models or self.models) if asks else [stage]
-        if asks:
-            self._need("questions")
         made = all(self.ready(name) for name in wanted if name != "target" or not self.profile.target.path)
         if not made or (asks and not self.profile.data.questions):
             self._need("source", "validation")
+        if asks:
+            self._need("questions")
 
     def _need(self, *keys: str) -> None:
         """Raises UserError for the first local file of these keys of [data] that is not there."""

@@ -207,16 +207,21 @@ def test_missing_files_are_refused_before_work(toy, made):
     text = '[data]\nsource = "there.jsonl, ../x/gone.jsonl.xz"\nvalidation = "{}"\nquestions = "{}"\n[target]'
     change(toy, "[target]", text.format("val.jsonl", "asked.jsonl"))
     project = toy.parent
-    with pytest.raises(UserError, match=r"toy: data.questions: no such file \S+/asked.jsonl; put it there, or drop"):
+    with pytest.raises(UserError, match=rf"toy: data.source: no such file {project}/x/gone.jsonl.xz; .* hub data set"):
         Study.open("toy.toml").check_files()
-    with pytest.raises(UserError, match=rf"data.source: no such file {project}/x/gone.jsonl.xz; .* hub data set"):
-        Study.open("toy.toml").check_files("eagle")  # a training asks no questions
-    (toy / "asked.jsonl").write_text("{}")
     change(toy, ", ../x/gone.jsonl.xz", "")
     with pytest.raises(UserError, match=r"data.validation: no such file \S+/val.jsonl; .*a share of data.source"):
         Study.open("toy.toml").check_files()
     with pytest.raises(UserError, match="data.validation: no such file"):
         Study.open("toy.toml").corpus()
+    (toy / "val.jsonl").write_text("{}")
+    Study.open("toy.toml").check_files("eagle")  # a training asks no questions
+    for stage in ("", "01_first"):
+        with pytest.raises(UserError, match=r"data.questions: no such file \S+/asked.jsonl; put it there, or drop"):
+            Study.open("toy.toml").check_files(stage)
+    (toy / "asked.jsonl").write_text("{}")
+    Study.open("toy.toml").check_files()
+    (toy / "val.jsonl").unlink()
     Study.open("toy.toml").check_files("report")
     Study.open("toy.toml").drafter("eagle")
     Study.open("toy.toml").check_files("eagle")  # made: no text is read again
