@@ -22,7 +22,7 @@ from psnb.manifest import digest, say
 from psnb.profile import Profile, nearest
 from psnb.study import DATA, SPLITS, Study, code, read_json, stage_facts
 
-CPU_FLOPS = 1e11  # a second, reached while training by 2 cores. For cost hints only, as the next
+CORE_FLOPS = 5e10  # a second, reached while training by a core. For cost hints only, as the next
 GPU_FLOPS = 4e11  # the same by a data-centre GPU, for each of the first 1,024 of the target's width
 
 
@@ -354,7 +354,7 @@ def work(profile: str, stage: str, folder: Path, output: str) -> None:
 
 
 def status(study: Study) -> pd.DataFrame:
-    """stage, done (yes, no, unneeded, changed, damaged), cost: what it took, or what it would take."""
+    """stage, done (yes, no, unneeded, changed, damaged, weights not here), cost: what it took, or would take."""
     told, rows = study.manifest.read().get("stages", {}), []
     trained = all(study.ready(name) for name in study.models if name != "target" or not study.profile.target.path)
     for stage in DATA:
@@ -382,12 +382,14 @@ def _weights_status(study: Study, name: str) -> tuple[str, str]:
     facts = stage_facts(study.checkpoint(name))
     if facts and study.ready(name):
         return "yes", f"{_took(facts['seconds'])} on {facts['machine']}"
+    if study.recorded_only(name):
+        return "weights not here", _estimate(study.profile, name)
     state = "changed" if facts else "damaged" if study.checkpoint(name).is_dir() else "no"
     return state, _estimate(study.profile, name)
 
 
 def _estimate(profile: Profile, name: str) -> str:
-    """Minutes of training from the shapes: 6 flops a weight and row, 2 for the frozen target's forward pass.
+    """The time of training from the shapes: 6 flops a weight and row, 2 for the frozen target's forward pass.
 
     A token is one row of `eagle`, of `medusa` one row with k projections, of the others the rows that their masks add.
     """
@@ -404,4 +406,13 @@ def _estimate(profile: Profile, name: str) -> str:
         body = t.hidden_size**2 * spec.k if medusa else spec.layers * layer
         flops = flops / 3 + 6 * (1 + masks) * (body + t.hidden_size * vocabulary * (spec.k if medusa else 1))
     minutes, gpu = flops * budget.steps * budget.rows * profile.data.length / 60, GPU_FLOPS * min(t.hidden_size, 1024)
-    return f"about {max(0.1, minutes / CPU_FLOPS):.1f} min on 2 cores, {max(0.1, minutes / gpu):.1f} on one GPU"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = f"{_long(minutes / CORE_FLOPS / cores)} on {cores} core{'s' if cores > 1 else ''}"
+    return f"about {here}, {_long(minutes / gpu)} on one GPU"
+
+
+def _long(minutes: float) -> str:
+    """0.01 -> `0.1 min`, 150 -> `2.5 h`, 5760 -> `4.0 days`."""
+    if minutes <= 120:
+        return f"{max(0.1, minutes):.1f} min"
+    return f"{minutes / 60:.1f} h" if minutes <= 48 * 60 else f"{minutes / 1440:.1f} days"

@@ -78,6 +78,16 @@ def test_cost_hints_are_near_what_trainings_took():
         assert minutes / 3 < told < minutes * 3, name
 
 
+def test_cost_hints_are_of_this_machine_and_in_units_to_read(monkeypatch):
+    assert [runner._long(m) for m in (0.01, 120, 150, 5760)] == ["0.1 min", "120.0 min", "2.5 h", "4.0 days"]
+    told = {}
+    for cores in (1, 4):
+        monkeypatch.setattr(runner.os, "sched_getaffinity", lambda _, n=cores: range(n), raising=False)
+        told[cores] = runner._estimate(profile.load("h200"), "target").split(",")[0].removeprefix("about ").split()
+    assert told[1][2:] == ["on", "1", "core"] and told[4][1:] == ["days", "on", "4", "cores"]
+    assert float(told[1][0]) == pytest.approx(4 * float(told[4][0]), abs=0.3)
+
+
 def test_a_model_alone_needs_no_notebooks_tools(toy, monkeypatch):
     monkeypatch.setitem(sys.modules, "papermill", None)
     monkeypatch.setattr(Study, "make", lambda self, stage: None)

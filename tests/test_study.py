@@ -15,7 +15,7 @@ import torch
 from conftest import ROOT
 from safetensors.torch import save_file
 
-from psnb import drafters, manifest, profile, target, train
+from psnb import drafters, manifest, profile, runner, target, train
 from psnb.errors import UserError
 from psnb.measure import COLUMNS
 from psnb.study import Study
@@ -166,6 +166,7 @@ def test_weights_that_were_never_shipped_are_trained_again(toy, made, monkeypatc
     capsys.readouterr()
     study = Study.open("toy.toml")
     assert not any(study.ready(name) for name in study.models)
+    assert set(runner.status(study).set_index("stage").done[study.models]) == {"weights not here"}
     before = {path: path.read_bytes() for path in (study.results / "checkpoints").rglob("*") if path.is_file()}
     with monkeypatch.context() as failing:
         failing.setattr(target, "train", lambda *_, **__: 1 / 0)
