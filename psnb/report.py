@@ -741,15 +741,20 @@ def _runs(results: Path) -> pd.DataFrame | None:
 
 
 def readme(readme: Path, summary: Path) -> None:
-    """Rewrites README's results block from a summary.csv and the manifest beside it. Raises UserError without marks."""
+    """Rewrites README's results block from a summary.csv and the manifest beside it.
+
+    Raises UserError without marks, and where the speedup notebook has not been run.
+    """
     text, summary = Path(readme).read_text(encoding="utf-8"), Path(summary)
     profile = summary.parent.name
     begin, end = marks(profile)
     if text.count(begin) != 1 or text.count(end) != 1:
         raise UserError(f"{readme}: wants one line {begin} and one line {end}")
     before, rest = text.split(begin)
-    facts = manifest.RunManifest(summary.parent / "manifest.json").read()
-    block = readme_block(load(summary), facts, profile, _runs(summary.parent))
+    facts, rows = manifest.RunManifest(summary.parent / "manifest.json").read(), load(summary)
+    if best(rows).empty:
+        raise UserError(f"{summary} has no rows of {SPEEDUP}: run it first")
+    block = readme_block(rows, facts, profile, _runs(summary.parent))
     manifest.write_text(Path(readme), f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}")
 
 

@@ -663,6 +663,10 @@ def test_readme_block_is_replaced(summary, tmp_path):
         text = path.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
         assert "figures/toy/04_speedup.png" in text and text.count("| eagle-ps |") == 1 and "48 prompts" in text
+    manifest.write_frame(tmp_path / "toy" / "summary.csv", summary[summary.stage != "04_speedup"])
+    with pytest.raises(UserError, match=r"summary\.csv has no rows of 04_speedup: run it first$"):
+        report.readme(path, tmp_path / "toy" / "summary.csv")
+    assert path.read_text() == text
     path.write_text("no marks")
     with pytest.raises(UserError, match="wants one line"):
         report.readme(path, tmp_path / "toy" / "summary.csv")
