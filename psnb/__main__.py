@@ -108,8 +108,8 @@ def command(given: argparse.Namespace) -> int:
             print("{:<20}{:<18}{}".format(*row))
     elif given.command == "run":
         parameters = _parameters(given.parameters)
-        Study.open(given.profile, given.output).check_files(given.only or "")
-        _where(runner.run(given.profile, given.only, given.fresh, parameters, given.output))
+        results = runner.run(given.profile, given.only, given.fresh, parameters, given.output)
+        _where(results, report=given.only in (None, "report"))
     elif given.command == "train" and given.into:
         runner.work(given.profile, given.stage, Path(given.into), given.output)
     elif given.command == "train":
@@ -157,9 +157,11 @@ def _bench(given: argparse.Namespace) -> None:
         print(f"written: {given.json}")
 
 
-def _where(results: Path) -> None:
-    for name, what in (("report.html", "report"), ("summary.csv", "numbers"), ("manifest.json", "manifest")):
-        if (results / name).is_file():
+def _where(results: Path, report: bool = True) -> None:
+    """Prints what lies where; the report only where it is of this run."""
+    files = {"report.html": "report", "summary.csv": "numbers", "manifest.json": "manifest"}
+    for name, what in files.items():
+        if (results / name).is_file() and (report or what != "report"):
             print(f"{what + ':':<10}{results / name}")
 
 

@@ -110,9 +110,14 @@ def write_json(path: Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
+def csv(frame: pd.DataFrame) -> str:
+    """`frame` as CSV without its index, floats with six digits."""
+    return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+
+
 def write_frame(path: Path, frame: pd.DataFrame) -> None:
-    """Writes `frame` as CSV without its index, floats with six digits, atomically. Raises DiskError."""
-    write_text(path, frame.to_csv(index=False, float_format="%.6g", lineterminator="\n"))
+    """Writes `frame` as `csv` has it, atomically. Raises DiskError."""
+    write_text(path, csv(frame))
 
 
 @contextlib.contextmanager
@@ -245,12 +250,12 @@ class RunManifest:
         write_json(self.path, {"status": "running", "started": now(), **facts})
 
     def update(self, **facts: Any) -> None:
-        """Sets `facts`; a dictionary is merged into the one that stands there. Raises DiskError."""
-        stands = self.read()
-        for name, value in facts.items():
-            old = stands.get(name)
-            stands[name] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-        write_json(self.path, stands)
+        """Sets `facts`. Raises DiskError."""
+        write_json(self.path, {**self.read(), **facts})
+
+    def restore(self, stood: dict[str, Any]) -> None:
+        """The manifest that was read before a start; none if it was empty. Raises DiskError."""
+        write_json(self.path, stood) if stood else self.path.unlink(missing_ok=True)
 
     def finish(self, status: str, **facts: Any) -> None:
         """Sets `facts`, the status (`complete`, `failed`, `interrupted`) and the time. Raises DiskError."""

@@ -28,7 +28,7 @@ GPU_FLOPS = 4e11  # the same by a data-centre GPU, for each of the first 1,024 o
 
 def notebooks(study: Study) -> dict[str, Path]:
     """The source notebooks by name, in order. Raises UserError where there are none."""
-    found = {path.stem: path for path in sorted((study.root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
+    found = study.notebooks
     if wrong := [name for name in study.profile.stages if name not in found]:
         raise UserError(
             f"profile {study.profile.name}: unknown notebook {wrong[0]!r} in stages; {nearest(wrong[0], found)}"
@@ -223,13 +223,17 @@ def run(
     """Runs a profile: all notebooks in order and the report, or `only` one stage. Returns the results' folder.
 
     `parameters` is {notebook: {name: value}}. `fresh` makes `only` again, or without it everything that is measured; it
-    touches weights only where `only` names them. Raises UserError before any work for unknown names and wrong types.
+    touches weights only where `only` names them. Raises UserError before any work for unknown names and wrong types,
+    and for files that are not there. A run that fails before it made anything leaves the manifest as it was.
     """
     study = Study.open(profile, output)
     if only is not None and only not in stages(study):
         raise UserError(f"unknown stage {only!r}; {nearest(only, stages(study))}")
     works_alone = only in (*DATA, *study.models) and not parameters  # needs no notebooks' tools
     given = {} if works_alone else check_parameters(study, parameters or {})
+    for notebook, values in given.items():
+        if only not in (None, notebook):
+            raise UserError(f"-p {notebook}.{next(iter(values))}: --only {only} does not run {notebook}")
     chosen = [path for name, path in notebooks(study).items() if only in (None, name)]
     if not chosen:
         if fresh:
@@ -239,7 +243,11 @@ def run(
         return study.results
     is_file = isinstance(profile, str) and profile.endswith(".toml")  # a notebook's working directory is `output`
     name = os.path.relpath(profile, study.output) if is_file else study.profile.name
-    study.manifest.start(**study.about(), command=_command(study, only, fresh, given))
+    first, key = chosen[0], _key(study, chosen[0], given.get(chosen[0].stem, {}))
+    if only is None and (fresh or not study.current(first.stem, key, _executed(study, first), quiet=True)):
+        study.check_files()
+    before, stood = study.manifest.read(), study.facts()
+    study.manifest.start(**study.about(), command=_command(study, only, fresh, given), **stood)
     if fresh:
         _forget(study, only)
     try:
@@ -255,12 +263,16 @@ def run(
             report(study)
         elif only is None:
             study.once("report", "reused")
-        study.manifest.finish("complete")
+        there = study.manifest.read()["stages"].keys() >= notebooks(study).keys()
+        study.manifest.finish("complete" if there and not study.elsewhere() else "partial")
     except BaseException as error:
         if stopped := isinstance(error, KeyboardInterrupt):
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks of the notebook's client, left behind
         with contextlib.suppress(UserError, OSError):  # a full disk: the first error is the one to tell
-            study.manifest.finish("interrupted" if stopped else "failed", **study.facts(), error=str(error))
+            if (facts := study.facts()) == stood:  # nothing was made
+                study.manifest.restore(before)
+            else:
+                study.manifest.finish("interrupted" if stopped else "failed", **facts, error=str(error))
         raise
     return study.results
 
@@ -281,8 +293,6 @@ def _forget(study: Study, only: str | None) -> None:
     for path in study.cache.glob("stages/*.json"):
         if only is None or path.stem == only or read_json(path).get("notebook") in (only, ""):
             path.unlink()
-    for path in study.cache.glob("summary/*.csv") if only is None else ():
-        path.unlink()
 
 
 def report(study: Study) -> Path:

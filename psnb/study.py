@@ -10,15 +10,18 @@ A *stage* is addressed by the hash of what it depends on:
     target and the drafters                     folders in results/<profile>/checkpoints; they depend on the profile's
                                                 text (and a drafter on its target's weights), never on the machine
     tables (measurements) and notebooks         files in results/<profile>; their records lie in .cache, so that what
-                                                came with a clone never counts as measured here
+                                                came with a clone never counts as measured here; its rows of the
+                                                summary and its records in the manifest stay until they are run
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -166,6 +169,11 @@ class Study:
     @property
     def manifest(self) -> manifest.RunManifest:
         return manifest.RunManifest(self.results / "manifest.json")
+
+    @property
+    def notebooks(self) -> dict[str, Path]:
+        """All source notebooks of the project by name, in order."""
+        return {path.stem: path for path in sorted((self.root / "notebooks").glob("[0-9][0-9]_*.ipynb"))}
 
     @property
     def device(self) -> torch.device:
@@ -365,6 +373,17 @@ class Study:
         spec = self.profile.data
         files = [self.root / name for name in (*spec.sources, spec.validation) if name]
         return {path.name: manifest.sha256_file(path) for path in files if path.is_file()}
+
+    def check_files(self) -> None:
+        """Raises UserError for a file of the profile's [data] that is not there, if a training will need it."""
+        spec = self.profile.data
+        named = {"source": spec.sources, "validation": [spec.validation], "questions": [spec.questions]}
+        if all(self.ready(name) for name in self.models if name != "target" or not self.profile.target.path):
+            return
+        for field_, names in named.items():
+            for name in names:
+                if name.endswith((".jsonl", ".jsonl.xz")) and not (self.root / name).is_file():
+                    raise UserError(f"profile {self.profile.name}: data.{field_} = {name!r}: no such file")
 
     def _chat_corpus(self, folder: Path) -> dict[str, Any]:
         from datasets import DatasetDict, concatenate_datasets
@@ -819,7 +838,7 @@ class Study:
         return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
     def summary(self, stage: str, rows: pd.DataFrame) -> None:
-        """Replaces a stage's rows in results/<profile>/summary.csv, which holds what this machine measured and no more.
+        """Replaces a stage's rows in results/<profile>/summary.csv; rows of notebooks that the profile lacks go.
 
         Raises UserError for other columns than DESIGN's.
         """
@@ -827,15 +846,20 @@ class Study:
 
         if wrong := sorted(set(COLUMNS) ^ set(rows.columns)):
             raise UserError(f"summary of {stage}: columns missing or surplus: {', '.join(wrong)}")
-        folder = self.cache / "summary"
-        manifest.write_frame(folder / f"{stage}.csv", rows[list(COLUMNS)].assign(stage=stage))
-        parts = [pd.read_csv(p, dtype=str, keep_default_na=False) for p in sorted(folder.glob("*.csv"))]
-        manifest.write_frame(self.results / "summary.csv", pd.concat(parts, ignore_index=True))
-        told = self.manifest.read().get("machine", {})
+        path, texts = self.results / "summary.csv", {"dtype": str, "keep_default_na": False}
+        own = io.StringIO(manifest.csv(rows[list(COLUMNS)].assign(stage=stage)))
+        parts = [pd.read_csv(own, **texts)]
+        if path.is_file():
+            old = pd.read_csv(path, **texts).reindex(columns=list(COLUMNS), fill_value="")
+            numbers = [name[:3] for name in self.profile.stages or self.notebooks]
+            parts.append(old[(old.stage != stage) & old.stage.str[:3].isin(numbers)])
+        whole = pd.concat(parts, ignore_index=True).sort_values("stage", kind="stable")
+        manifest.write_frame(path, whole)
+        told, facts = self.manifest.read().get("machine", {}), self.facts()
         if any(told.get(name) != value for name, value in self.about()["machine"].items() if name in ("cpu", "gpu")):
             self.manifest.start(**self.about(), command="a notebook on its own")  # a clone's manifest told of another
             self.manifest.finish("partial")
-        self.manifest.update(**self.facts())
+        self.manifest.update(**facts)
 
     # --- what is there --------------------------------------------------------------------------------------------
 
@@ -855,23 +879,42 @@ class Study:
             }
         return self._loaded["about"]
 
+    def _kept(self) -> dict[str, Any]:
+        """The manifest (a clone's, say) with stages of notebooks that have no record here alone; empty if all have."""
+        left = [name for name in self.profile.stages or self.notebooks if not self.record(name).is_file()]
+        if not left or left == [*self.notebooks][-1:]:  # the report is on what ran here
+            return {}
+        told, numbers = self.manifest.read(), [name[:3] for name in left]
+        # a table has its notebook's number; data have none, and are of all notebooks
+        stages = {n: f for n, f in told.get("stages", {}).items() if n[:3] in numbers or not re.match(r"\d\d_", n)}
+        return {**told, "stages": stages}
+
+    def elsewhere(self) -> dict[str, str]:
+        """Notebooks whose numbers another machine measured, and which; none in what was run here as a whole."""
+        here = manifest.machine_name(self.about()["machine"])
+        told = {name: f.get("machine", here) for name, f in self._kept().get("stages", {}).items()}
+        return {name: machine for name, machine in told.items() if name in self.notebooks and machine != here}
+
     def facts(self) -> dict[str, Any]:
-        """What the manifest says of stages, data and checkpoints, read from their records."""
+        """What the manifest says of stages, data and checkpoints: their records, and what it says of others."""
         folders = {path.parent.name: read_json(path) for path in sorted(self.cache.glob("*/stage.json"))}
         records = {path.stem: read_json(path) for path in sorted(self.cache.glob("stages/*.json"))}
         models = {name: stage_facts(self.checkpoint(name)) for name in self.models}
         told = ("at", "seconds", "key", "machine", "revision", "weights", "notebook", "within")
         mismatched = self.made("corpus").get("mismatched")
-        warning = f"installed versions differ from the pins: {mismatched}" if mismatched else ""
+        warnings = [f"installed versions differ from the pins: {mismatched}" if mismatched else ""]
+        warnings += [self._prompts_warning()]
+        warnings += [f"{name} was measured elsewhere: on {machine}" for name, machine in self.elsewhere().items()]
+        stages = {name: {k: f[k] for k in told if k in f} for name, f in (folders | records).items()}
+        data = {name: {k: v for k, v in f.items() if k not in ("at", "seconds", "key")} for name, f in folders.items()}
+        kept = self._kept()
         return {
-            "stages": {name: {k: f[k] for k in told if k in f} for name, f in (folders | records).items()},
-            "data": {
-                name: {k: v for k, v in f.items() if k not in ("at", "seconds", "key")} for name, f in folders.items()
-            },
+            "stages": kept.get("stages", {}) | stages,
+            "data": kept.get("data", {}) | data,
             "prompts_sha256": {
                 "expected": self.profile.data.prompts_sha256,
-                "got": self.made("prompts").get("sha256", ""),
+                "got": self.made("prompts").get("sha256") or kept.get("prompts_sha256", {}).get("got", ""),
             },
             "checkpoints": {name: {k: f[k] for k in told if k in f} for name, f in models.items() if f},
-            "warnings": [text for text in (warning, self._prompts_warning()) if text],
+            "warnings": [text for text in warnings if text],
         }

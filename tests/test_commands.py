@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -61,6 +62,11 @@ def refused(capsys, *arguments, code=2):
         (["run", "--profile", "toy.toml", "-p", "01_first.ks=3"], r"01_first.ks wants list\[int\], not 3"),
         (["run", "--profile", "toy.toml", "-p", "01_first.ks=[1,'a']"], r"01_first.ks wants list\[int\]"),
         (["run", "--profile", "toy.toml", "-p", "01_first.rate=True"], "01_first.rate wants float, not True"),
+        (
+            ["run", "--profile", "toy.toml", "--only", "02_second", "-p", "01_first.n=3"],
+            "02_second does not run 01_fir",
+        ),
+        (["run", "--profile", "toy.toml", "--only", "eagle", "-p", "01_first.n=3"], "-p 01_first.n: --only eagle does"),
         (["report", "--profile", "toy.toml"], "not run yet: 01_first, 02_second; `psnb run"),
     ],
 )
@@ -150,6 +156,54 @@ def test_failing_notebook_is_kept_and_the_rest_reused(toy, capsys, plain_report,
     assert main(["run", "--profile", "toy.toml"]) == 0
     assert "01_first: reused" in capsys.readouterr().out
     assert sorted(p.name for p in folder.iterdir()) == ["01_first.ipynb", "02_second.ipynb"]
+
+
+def test_one_notebook_on_a_clone(toy, capsys, plain_report):
+    """The others' records stay; what is shown is what this call made."""
+    write_notebook(toy / "notebooks" / "03_third.ipynb", "")
+    book = RunManifest(toy / "results" / "toy" / "manifest.json")
+    assert main(["run", "--profile", "toy.toml"]) == 0
+    theirs = book.read()
+    theirs["stages"]["02_second"]["machine"] = "an H100"
+    book.restore(theirs)
+    shutil.rmtree(toy / "results" / "toy" / ".cache")
+    refused(capsys, "run", "--profile", "toy.toml", "--only", "02_second", "-p", "02_second.fail=user")
+    assert book.read() == theirs  # nothing was made
+    refused(capsys, "run", "--profile", "toy.toml", "-p", "02_second.fail=user")
+    found = book.read()
+    assert found["status"] == "failed" and found["stages"].keys() == theirs["stages"].keys()
+    assert found["stages"]["01_first"] != theirs["stages"]["01_first"]
+    assert found["stages"]["02_second"] == theirs["stages"]["02_second"]
+    capsys.readouterr()
+    assert main(["run", "--profile", "toy.toml", "--only", "03_third"]) == 0
+    assert "report:" not in capsys.readouterr().out  # it lies there, but is of another run
+    found = book.read()
+    assert found["status"] == "partial" and found["stages"].keys() == theirs["stages"].keys()
+    assert found["warnings"] == ["02_second was measured elsewhere: on an H100"]
+    assert main(["run", "--profile", "toy.toml", "--only", "02_second"]) == 0
+    found = book.read()
+    assert found["status"] == "complete" and found["warnings"] == []
+
+
+def test_one_notebook_does_not_make_a_run_complete(toy):
+    assert main(["run", "--profile", "toy.toml", "--only", "02_second"]) == 0
+    assert RunManifest(toy / "results" / "toy" / "manifest.json").read()["status"] == "partial"
+
+
+def test_a_first_run_that_made_nothing_leaves_no_manifest(toy, capsys):
+    refused(capsys, "run", "--profile", "toy.toml", "--only", "02_second", "-p", "02_second.fail=user")
+    assert not (toy / "results" / "toy" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("field", ["source", "validation", "questions"])
+def test_missing_data_is_told_before_any_work(toy, capsys, field):
+    text = (toy / "toy.toml").read_text()
+    (toy / "here.jsonl").touch()
+    names = {"source": "here.jsonl", field: "gone.jsonl"}
+    data = "[data]\n" + "".join(f'{name} = "{value}"\n' for name, value in names.items())
+    (toy / "toy.toml").write_text(text.replace("[target]", data + "[target]"))
+    assert f"data.{field} = 'gone.jsonl': no such file" in refused(capsys, "run", "--profile", "toy.toml")
+    assert not (toy / "results").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

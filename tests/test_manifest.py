@@ -140,8 +140,13 @@ def test_run_manifest(tmp_path):
     book.update(stages={"b": 2})
     book.finish("complete", seconds=1.5)
     found = book.read()
-    assert (found["status"], found["stages"], found["seed"], found["seconds"]) == ("complete", {"a": 1, "b": 2}, 3, 1.5)
+    assert (found["status"], found["stages"], found["seed"], found["seconds"]) == ("complete", {"b": 2}, 3, 1.5)
     assert found["started"] <= found["finished"]
+    book.start()
+    book.restore(found)
+    assert book.read() == found
+    book.restore({})
+    assert not book.path.exists()
     book.path.write_text("{")
     assert book.read() == {}
 

@@ -12,7 +12,7 @@ import textwrap
 import pandas as pd
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_notebook
 from safetensors.torch import save_file
 
 from psnb import drafters, manifest, profile, runner, target, train
@@ -307,18 +307,35 @@ def test_a_clones_numbers_do_not_count_as_measured_here(toy, made):
     calls = []
     study = Study.open("toy.toml")
     study.table("times", {}, numbers(calls))
-    study.summary("03_a", rows("a"))
     shutil.rmtree(study.cache)  # what git does not carry
     study = Study.open("toy.toml")
     study.table("times", {}, numbers(calls))
     assert calls == ["measured", "measured"]
-    study.summary("04_b", rows("b"))
-    assert set(pd.read_csv(study.results / "summary.csv").stage) == {"04_b"}  # one machine, one summary
+
+
+def test_a_clones_records_stay_until_their_notebook_is_run(toy, made):
+    theirs = {"machine": "an H100", "seconds": 3}
+    tables = {"01_runs": theirs, "02_runs": {**theirs, "notebook": "02_second"}}
+    told = {"corpus": {"seconds": 1}, "01_first": theirs, "02_second": theirs, "07_gone": theirs, **tables}
+    write_notebook(toy / "notebooks" / "03_report.ipynb", "")
+    study = Study.open("toy.toml")
+    prompts = {"expected": "", "got": "abc"}
+    study.manifest.start(machine={"cpu": "theirs"}, stages=told, data={"corpus": {"bytes": 5}}, prompts_sha256=prompts)
+    study.manifest.finish("complete")
+    study.summary("01_first", rows("b"))  # a person's own notebook
     found = study.manifest.read()
     assert (found["status"], found["profile"], found["machine"]["cpu"]) == ("partial", "toy", manifest.machine()["cpu"])
-    study.manifest.update(machine={"cpu": "the maintainers'"}, status="complete")
-    Study.open("toy.toml").summary("04_b", rows("b"))
-    assert study.manifest.read()["machine"]["cpu"] == manifest.machine()["cpu"]
+    assert found["stages"] == {name: told[name] for name in told if name != "07_gone"}
+    assert (found["data"], found["prompts_sha256"]) == ({"corpus": {"bytes": 5}}, prompts)
+    assert found["warnings"] == [f"{n} was measured elsewhere: on an H100" for n in ("01_first", "02_second")]
+    (toy / "done").touch()
+    study.done("01_first", "key", toy / "done", 0.0)
+    facts = study.facts()
+    assert list(facts["stages"]) == ["corpus", "02_second", "02_runs", "01_first"]  # 01_runs was not made this time
+    assert study.elsewhere() == {"02_second": "an H100"}
+    study.done("02_second", "key", toy / "done", 0.0)
+    facts = study.facts()  # what the report, not made here yet, tells of
+    assert (list(facts["stages"]), facts["data"], facts["warnings"]) == (["01_first", "02_second"], {}, [])
 
 
 def rows(method):
@@ -327,18 +344,23 @@ def rows(method):
 
 def test_summary_replaces_a_stages_rows(toy, made):
     study = Study.open("toy.toml")
-    study.summary("04_speedup", rows("eagle"))
-    study.summary("03_draft_length", rows("medusa"))
-    study.summary("04_speedup", pd.concat([rows("eagle-ps"), rows("plain")]))
-    found = pd.read_csv(study.results / "summary.csv")
+    study.summary("02_second", rows("eagle"))
+    study.summary("01_times", rows("medusa").assign(value=1 / 3))
+    shutil.rmtree(study.cache, ignore_errors=True)  # a clone
+    path = study.results / "summary.csv"
+    gone = rows("ours").assign(stage="07_gone")
+    manifest.write_frame(path, pd.concat([pd.read_csv(path, dtype=str, keep_default_na=False), gone]))
+    study = Study.open("toy.toml")
+    study.summary("02_second", pd.concat([rows("eagle-ps"), rows("plain").assign(value=2 / 3)]))
+    found = pd.read_csv(path, dtype=str)
     assert list(found.columns) == list(COLUMNS)
-    assert list(zip(found.stage, found.method, strict=True)) == [
-        ("03_draft_length", "medusa"),
-        ("04_speedup", "eagle-ps"),
-        ("04_speedup", "plain"),
+    assert list(zip(found.stage, found.method, found.value, strict=True)) == [
+        ("01_times", "medusa", "0.333333"),  # a stage of 01_first
+        ("02_second", "eagle-ps", "1.5"),
+        ("02_second", "plain", "0.666667"),
     ]
     with pytest.raises(UserError, match="columns missing or surplus: colour, unit"):
-        study.summary("04_speedup", rows("x").drop(columns="unit").assign(colour=1))
+        study.summary("02_second", rows("x").drop(columns="unit").assign(colour=1))
 
 
 KILLED = """
