@@ -224,7 +224,7 @@ def run(
 
     `parameters` is {notebook: {name: value}}. `fresh` makes `only` again, or without it everything that is measured; it
     touches weights only where `only` names them. Raises UserError before any work for unknown names and wrong types,
-    and for files that are not there. A run that fails before it made anything leaves the manifest as it was.
+    and for files that are not there. A run that fails before it measured or trained leaves the manifest as it was.
     """
     study = Study.open(profile, output)
     if only is not None and only not in stages(study):
@@ -269,12 +269,17 @@ def run(
         if stopped := isinstance(error, KeyboardInterrupt):
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks of the notebook's client, left behind
         with contextlib.suppress(UserError, OSError):  # a full disk: the first error is the one to tell
-            if (facts := study.facts()) == stood:  # nothing was made
+            if _measured(facts := study.facts()) == _measured(stood):
                 study.manifest.restore(before)
             else:
                 study.manifest.finish("interrupted" if stopped else "failed", **facts, error=str(error))
         raise
     return study.results
+
+
+def _measured(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of a manifest's facts the records of notebooks, tables and weights: all but the data's."""
+    return [{n: f for n, f in facts["stages"].items() if n not in facts["data"]}, facts["checkpoints"]]
 
 
 def _command(study: Study, only: str | None, fresh: bool, given: dict[str, dict[str, Any]]) -> str:

@@ -375,11 +375,13 @@ class Study:
         return {path.name: manifest.sha256_file(path) for path in files if path.is_file()}
 
     def check_files(self) -> None:
-        """Raises UserError for a file of the profile's [data] that is not there, if a training will need it."""
-        spec = self.profile.data
-        named = {"source": spec.sources, "validation": [spec.validation], "questions": [spec.questions]}
-        if all(self.ready(name) for name in self.models if name != "target" or not self.profile.target.path):
+        """Raises UserError for a file of the profile's [data] that is not there, unless all weights are."""
+        spec, folders = self.profile.data, {name: self.checkpoint(name) for name in self.models}
+        if self.profile.target.path:
+            del folders["target"]
+        if all(self.ready(name) and any(folder.glob("*.safetensors")) for name, folder in folders.items()):
             return
+        named = {"source": spec.sources, "validation": [spec.validation], "questions": [spec.questions]}
         for field_, names in named.items():
             for name in names:
                 if name.endswith((".jsonl", ".jsonl.xz")) and not (self.root / name).is_file():

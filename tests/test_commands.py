@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from packaging.utils import canonicalize_name
 from psnb import runner
 from psnb.__main__ import main
 from psnb.errors import UserError
-from psnb.manifest import RunManifest
+from psnb.manifest import RunManifest, digest
 from psnb.study import Study
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -190,8 +191,11 @@ def test_one_notebook_does_not_make_a_run_complete(toy):
     assert RunManifest(toy / "results" / "toy" / "manifest.json").read()["status"] == "partial"
 
 
-def test_a_first_run_that_made_nothing_leaves_no_manifest(toy, capsys):
-    refused(capsys, "run", "--profile", "toy.toml", "--only", "02_second", "-p", "02_second.fail=user")
+def test_a_first_run_that_measured_nothing_leaves_no_manifest(toy, capsys):
+    making = "from psnb.study import Study\nStudy.open('toy.toml')._data('corpus', [1], lambda folder: {})\n1 / 0"
+    write_notebook(toy / "notebooks" / "02_second.ipynb", "", making)
+    assert main(["run", "--profile", "toy.toml", "--only", "02_second"]) == 2
+    assert (toy / "results" / "toy" / ".cache" / "corpus").is_dir()
     assert not (toy / "results" / "toy" / "manifest.json").exists()
 
 
@@ -202,8 +206,12 @@ def test_missing_data_is_told_before_any_work(toy, capsys, field):
     names = {"source": "here.jsonl", field: "gone.jsonl"}
     data = "[data]\n" + "".join(f'{name} = "{value}"\n' for name, value in names.items())
     (toy / "toy.toml").write_text(text.replace("[target]", data + "[target]"))
+    for name in Study.open("toy.toml").models:  # as in a clone without weights
+        folder = Study.open("toy.toml").checkpoint(name)
+        folder.mkdir(parents=True)
+        (folder / "stage.json").write_text(json.dumps({"key": digest(Study.open("toy.toml")._spec(name))}))
     assert f"data.{field} = 'gone.jsonl': no such file" in refused(capsys, "run", "--profile", "toy.toml")
-    assert not (toy / "results").exists()
+    assert [path.name for path in (toy / "results" / "toy").iterdir()] == ["checkpoints"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
