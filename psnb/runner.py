@@ -236,6 +236,7 @@ def run(
             raise UserError(f"-p {notebook}.{next(iter(values))}: --only {only} does not run {notebook}")
     chosen = [path for name, path in notebooks(study).items() if only in (None, name)]
     if not chosen:
+        study.check_files(only)
         if fresh:
             study.fresh |= {only, *(f"{only}-{split}" for split in SPLITS)}
         report(study) if only == "report" else study.make(only)
@@ -244,8 +245,8 @@ def run(
     is_file = isinstance(profile, str) and profile.endswith(".toml")  # a notebook's working directory is `output`
     name = os.path.relpath(profile, study.output) if is_file else study.profile.name
     first, key = chosen[0], _key(study, chosen[0], given.get(chosen[0].stem, {}))
-    if only is None and (fresh or not study.current(first.stem, key, _executed(study, first), quiet=True)):
-        study.check_files()
+    if only or fresh or not study.current(first.stem, key, _executed(study, first), quiet=True):
+        study.check_files(only or "")
     before, stood = study.manifest.read(), study.facts()
     study.manifest.start(**study.about(), command=_command(study, only, fresh, given), **stood)
     if fresh:

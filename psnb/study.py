@@ -374,19 +374,6 @@ class Study:
         files = [self.root / name for name in (*spec.sources, spec.validation) if name]
         return {path.name: manifest.sha256_file(path) for path in files if path.is_file()}
 
-    def check_files(self) -> None:
-        """Raises UserError for a file of the profile's [data] that is not there, unless all weights are."""
-        spec, folders = self.profile.data, {name: self.checkpoint(name) for name in self.models}
-        if self.profile.target.path:
-            del folders["target"]
-        if all(self.ready(name) and any(folder.glob("*.safetensors")) for name, folder in folders.items()):
-            return
-        named = {"source": spec.sources, "validation": [spec.validation], "questions": [spec.questions]}
-        for field_, names in named.items():
-            for name in names:
-                if name.endswith((".jsonl", ".jsonl.xz")) and not (self.root / name).is_file():
-                    raise UserError(f"profile {self.profile.name}: data.{field_} = {name!r}: no such file")
-
     def _chat_corpus(self, folder: Path) -> dict[str, Any]:
         from datasets import DatasetDict, concatenate_datasets
 

@@ -210,7 +210,7 @@ def test_missing_data_is_told_before_any_work(toy, capsys, field):
         folder = Study.open("toy.toml").checkpoint(name)
         folder.mkdir(parents=True)
         (folder / "stage.json").write_text(json.dumps({"key": digest(Study.open("toy.toml")._spec(name))}))
-    assert f"data.{field} = 'gone.jsonl': no such file" in refused(capsys, "run", "--profile", "toy.toml")
+    assert f"data.{field}: no such file {toy}/gone.jsonl" in refused(capsys, "run", "--profile", "toy.toml")
     assert [path.name for path in (toy / "results" / "toy").iterdir()] == ["checkpoints"]
 
 
