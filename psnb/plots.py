@@ -736,11 +736,12 @@ def coloured(generation: Generation, tokenizer: Any) -> HTML:
 def explore(target: Any, drafter: Any, name: str, prompt: str, k: int, temperature: float, length: int = 64) -> HTML:
     """Generate from a prompt and show the coloured text with its time."""
     ids = target.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    settings = decode.Settings(k=k, temperature=temperature, max_new_tokens=length)
+    stop = () if target.eos_token_id is None else (target.eos_token_id,)
+    settings = decode.Settings(k=k, temperature=temperature, max_new_tokens=length, stop_tokens=stop)
     result = decode.speculative(target, drafter, ids, settings)
     seconds = result.decode_seconds
     speed = (len(result.tokens) - 1) / seconds if seconds else 0.0  # the first token belongs to the prefill
-    note = f"{name}, k = {k}, T = {temperature:g}: {1e3 * seconds:.0f} ms, {speed:.0f} tokens a second"
+    note = f"{name}, k = {k}, T = {temperature:g}: {1e3 * seconds:.0f} ms, {speed:.0f} tokens a second, no engine"
     return HTML(coloured(result, target.tokenizer).data + f"<br><small>{note}</small>")
 
 

@@ -305,7 +305,7 @@ def goals(summary: pd.DataFrame, gpu: bool = False, k: int = 5, dtype: str = "fl
         own.append((f"eagle-ps with its best draft over plain decoding, {heat}", "at least", 1.5, speed))
         against = versus(at, "speedup_vs_plain")
         own.append((f"eagle-ps over eagle, each with its best draft, {heat}", "above", 1, against))
-    for what, sign, bound, measured in (*own, *_tree_goals(summary)):
+    for what, sign, bound, measured in (*own, *_tree_goals(summary, gpu)):
         table.append((what, f"{sign} {bound:.3g}", _shown(measured), met(sign, bound, measured)))
     return pd.DataFrame(table, columns=["goal", "wanted", "measured", "met"])
 
@@ -372,8 +372,8 @@ def _cost_goals(summary: pd.DataFrame) -> list[Goal]:
     return made
 
 
-def _tree_goals(summary: pd.DataFrame) -> list[Goal]:
-    """Goals of trees and rules: (goal, sign, bound, measured)."""
+def _tree_goals(summary: pd.DataFrame, gpu: bool = False) -> list[Goal]:
+    """Goals of trees and rules: (goal, sign, bound, measured). On a GPU trees are the engine's, timed in notebook 7."""
     rows = pick(with_k(summary), stage=LOSSLESS, task="all")
     at, hot, heat = rows[(rows.temperature - MIDDLE).abs() < 0.01], rows[rows.temperature == 1.0], f"T = {MIDDLE:g}"
 
@@ -408,6 +408,8 @@ def _tree_goals(summary: pd.DataFrame) -> list[Goal]:
             (f"tokens per step of {method}, coupled chain over rejection, T = 1", "at least", 0.88, rule),
             (f"tokens per step of {method}, coupled tree of 16 over its best chain, T = 1", "above", 1, grown),
         ]
+    if gpu:
+        return made
     costs = pick(rows, ["tree_ms", "forward_ms"], nodes=16).groupby("metric").value.max()
     share = _point(ratio(costs.get("tree_ms"), costs.get("forward_ms")))
     return [

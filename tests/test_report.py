@@ -212,6 +212,8 @@ def test_goals_on_a_gpu(summary):
     """The bounds are stricter, siblings are compared at every temperature, and a step with the weights' reading."""
     whole = pd.concat([summary, cost_rows("llama-2-7b")], ignore_index=True)
     table = report.goals(whole, gpu=True).set_index("goal")
+    trees = [report.goals(whole, gpu=gpu).goal.str.startswith("building and following").sum() for gpu in (False, True)]
+    assert trees == [1, 0]
     assert table.met[table.index.str.startswith("llama-2-7b at batch 1")].tolist() == ["yes"] * 4
     assert table.measured[table.index.str.startswith("llama-2-7b at batch 1")].tolist() == [
         "0.88",
