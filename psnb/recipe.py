@@ -84,7 +84,8 @@ GRID = (
     Variant("curriculum 0.5", {"curriculum": 0.5}),
     Variant("target's text", {}, "target"),
     Variant("rate 3e-3", {"learning_rate": 3e-3}),
-    Variant("muon", {"optimizer": "muon"}),
+    Variant("adamw", {"optimizer": "adamw"}),
+    Variant("no link", {"link": 0}),
 )
 
 

@@ -104,9 +104,11 @@ def test_tokens_per_step():
 
 
 def test_variants_change_the_base():
-    base = dataclasses.replace(load("embedded").drafters["eagle-ps"], streak_weight=0.0, train=FitSpec(steps=9, rows=8))
+    budget = FitSpec(steps=9, rows=8, optimizer="muon")
+    base = dataclasses.replace(load("embedded").drafters["eagle-ps"], streak_weight=0.0, train=budget)
     spec = recipe.Variant("x", {"keep": 0.5, "learning_rate": 7e-3}).spec(base, 4)
-    assert spec == dataclasses.replace(base, keep=0.5, train=FitSpec(steps=4, rows=8, learning_rate=7e-3))
+    budget = dataclasses.replace(budget, steps=4, learning_rate=7e-3)
+    assert spec == dataclasses.replace(base, keep=0.5, train=budget)
     made = [variant.spec(base, 4) for variant in recipe.GRID if variant.responses == "corpus"]
     assert sum(spec == made[0] for spec in made) == 1  # all but the base differ from it
     with pytest.raises(UserError, match="did you mean 1 layer"):
