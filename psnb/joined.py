@@ -1,11 +1,15 @@
-"""Projections that read the same input as one matrix product: query, key and value; a gated block's gate and up.
+"""How weights lie in memory, so that products of a few rows are fast.
 
-Small products on a GPU are bound by their number, not by their size. Of one row, what they read is computed first.
+On a GPU they are bound by their number, not by their size, so projections that read the same input are one matrix
+product: query, key and value; a gated block's gate and up. Of one row, what they read is computed first. On a CPU it
+matters whether a weight lies there row by row or column by column, and in which number format.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import time
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -129,3 +133,40 @@ def swapped(stands: Sequence[tuple[nn.Module, str, nn.Module]]) -> Iterator[None
     finally:
         for (block, name, _), own in zip(stands, before, strict=True):
             setattr(block, name, own)
+
+
+def by_columns(module: nn.Module) -> None:
+    """Lays the float32 weights of linear layers on a CPU out column by column; values and shapes stay.
+
+    So products of a few rows read them in order. An 8 x 320 model on two cores of a Xeon, ms a pass of 1, 5 and 9 rows:
+    2.96, 4.49, 4.89 before, 3.08, 3.85, 4.41 after. A weight that is an embedding as well stays, as that reads rows.
+    """
+    embedded = {one.weight.data_ptr() for one in module.modules() if isinstance(one, nn.Embedding)}
+    for one in module.modules():
+        if type(one) is not nn.Linear or one.weight.data_ptr() in embedded:
+            continue
+        if one.weight.device.type == "cpu" and one.weight.dtype == torch.float32:
+            one.weight.data = one.weight.data.t().contiguous().t()
+
+
+@functools.cache
+def bfloat16_pays(width: int, inner: int, layers: int, repeats: int = 15) -> bool:
+    """Whether this CPU multiplies 1 and 8 rows by matrices [inner, width] in less time in bfloat16 than in float32.
+
+    Measured, with as many matrices as a model of so many layers has or as fit in 64 MB: small ones may well be slower
+    in bfloat16, which pays a fixed price a product, even where the hardware computes in it.
+    """
+    count = max(1, min(layers, 2**24 // (width * inner)))
+    best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
+    with torch.inference_mode():
+        models = {d: nn.Sequential(*(nn.Linear(width, inner, False, dtype=d) for _ in range(count))) for d in best}
+        inputs = {d: [torch.zeros(rows, width, dtype=d) for rows in (1, 8)] for d in best}
+        by_columns(models[torch.float32])
+        for _ in range(repeats):
+            for dtype, model in models.items():
+                began = time.perf_counter()
+                for x in inputs[dtype]:
+                    for one in model:
+                        one(x)
+                best[dtype] = min(best[dtype], time.perf_counter() - began)
+    return best[torch.bfloat16] < best[torch.float32]

@@ -64,7 +64,6 @@ MEASURING = (  # the sources that a measured number comes from
     "measure.py",
 )
 TOKENIZER_BYTES = 60_000_000  # of text that a tokenizer is trained on
-BF16_TESTS = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # of torch.cpu: dot products in bfloat16
 CHATS = (".jsonl", ".jsonl.xz")  # files of chats; any other source is a hub data set
 STAND_INS = {  # for a file of [data] that is not there
     "source": 'let data.source name another .jsonl[.xz] file of {"messages": ...} or a hub data set',
@@ -183,17 +182,20 @@ class Study:
         return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
     def fastest(self) -> Study:
-        """This study in the number format that its machine is fastest in: bfloat16 where the hardware computes in it.
+        """This study in the number format that its machine is fastest in, on a CPU by measurement.
 
         For timing. Losslessness is checked in the profile's own format: bfloat16 rounds differently in passes of
         different lengths.
         """
         import torch
 
+        from psnb.joined import bfloat16_pays
+
         if self.device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            fast = any(getattr(torch.cpu, name, bool)() for name in BF16_TESTS)
+            shape = self.profile.target
+            fast = bfloat16_pays(shape.hidden_size, shape.intermediate_size, shape.layers)
         if not fast:
             return self
         return dataclasses.replace(self, profile=dataclasses.replace(self.profile, dtype="bfloat16"), _loaded={})

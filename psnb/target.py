@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from psnb import manifest
+from psnb import joined, manifest
 from psnb.errors import UserError
 from psnb.fit import Batch, Metrics, Row, compiled, compiled_layers, fit, main_process
 from psnb.groups import causal, positions, register
@@ -138,6 +138,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
             f"target {path}: its tokenizer has {len(tokenizer)} tokens, the model {target.vocab_size}: use its own one"
         )
     _check_projection(target, str(path))
+    joined.by_columns(target.model)
     return target
 
 

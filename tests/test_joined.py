@@ -43,3 +43,39 @@ def test_other_kinds_of_projections_stay():
     attention = target.model.model.layers[0].self_attn
     attention.k_proj = Quantised(*attention.k_proj.weight.shape[::-1], bias=False)
     assert {name for block, name, _ in joined.parts(target.model) if block is attention} == set()
+
+
+def test_weights_by_columns_give_the_same():
+    """A weight that is an embedding too stays as it is, and so does what a GPU or another format would read."""
+    target = toys.target(torch.float32)
+    tied = target.model.config.tie_word_embeddings
+    ids = torch.arange(12)[None]
+    expected, before = target.model(ids).logits, target.model.state_dict()
+    before = {name: weight.clone() for name, weight in before.items()}
+    joined.by_columns(target.model)
+    up, embedding = target.model.model.layers[1].mlp.up_proj.weight, target.model.get_input_embeddings().weight
+    assert up.stride() == (1, up.shape[0]) and embedding.is_contiguous()
+    assert target.model.get_output_embeddings().weight.is_contiguous() == tied
+    assert all(torch.equal(weight, before[name]) for name, weight in target.model.state_dict().items())
+    torch.testing.assert_close(target.model(ids).logits, expected)
+    other = torch.nn.Linear(3, 5, dtype=torch.bfloat16)
+    joined.by_columns(other)
+    assert other.weight.is_contiguous()
+
+
+def test_the_faster_format_is_measured(monkeypatch):
+    """A clock that the products of one format turn decides."""
+    now = [0.0]
+    monkeypatch.setattr(joined.time, "perf_counter", lambda: now[0])
+
+    class Timed(torch.nn.Linear):
+        def forward(self, x):
+            now[0] += seconds[x.dtype]
+            return x
+
+    monkeypatch.setattr(joined.nn, "Linear", Timed)
+    for plain, half in ((1.0, 0.5), (0.5, 1.0)):
+        seconds = {torch.float32: plain, torch.bfloat16: half}
+        joined.bfloat16_pays.cache_clear()
+        assert joined.bfloat16_pays(8, 16, 2) is (half < plain)
+    joined.bfloat16_pays.cache_clear()

@@ -153,6 +153,7 @@ def test_a_grid_goes_on_where_it_was(target, tmp_path):
     other = other[len(both) :]
     assert set(zip(other.batch, other.variant, strict=True)) == {("full", "medusa, base")}
     assert sorted(other.k.dropna()) == [1, 2]
+    assert sorted(recipe.compare(recipe.load(study)).k) == [1, 4, 4]  # of each training its shortest chains
 
 
 def test_noise_stays_within_its_limit():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from psnb import manifest
+from psnb import joined, manifest
 from psnb.drafters.base import Drafter
 from psnb.drafters.eagle import Eagle
 from psnb.drafters.medusa import Medusa
@@ -63,7 +63,8 @@ def load(folder: Path, target: Target) -> Drafter:
             )
     drafter = build(spec, target)
     assign(drafter, weights, f"drafter {folder}", cure)
-    return drafter.to(target.dtype).eval().requires_grad_(False)
+    joined.by_columns(drafter.to(target.dtype))
+    return drafter.eval().requires_grad_(False)
 
 
 def assign(drafter: Drafter, weights: dict[str, torch.Tensor], what: str, cure: str) -> None:
