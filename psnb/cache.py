@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from psnb import groups
 from psnb.errors import UserError
 
 
@@ -196,7 +196,7 @@ class StaticCache(Cache):
             return BlockMask.from_kv_blocks(
                 used, order, BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(r, self.bucket)
             )
-        return sees.to(self.all_keys.dtype).log()[:, None].repeat(1, 1, self.groups, 1)  # 0 and -inf
+        return groups.for_few(sees, self.groups, self.all_keys.dtype)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -249,8 +249,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function for few queries over the keys of a `StaticCache`.
 
-    query [B, heads, r, D], key, value [B, groups, bucket, D] -> [B, r, heads, D]. The query heads that share a key head
-    stand one after the other as its rows, so keys are read once and never repeated in memory.
+    query [B, heads, r, D], key, value [B, groups, bucket, D] -> [B, r, heads, D], laid out as by `groups.few`.
     sdpa: torch's fused attention. bmm: two matrix products, which cut the keys among more of a GPU. flex: flex
     attention, which skips the blocks of keys that are not used yet. auto: bmm on a GPU for more than one row a key
     head, else sdpa (from a first measurement on an H100; notebook 7 takes `attention`, to measure again).
@@ -261,11 +260,10 @@ def attend(
         flex = _compiled_flex() if query.is_cuda and not torch.compiler.is_compiling() else flex_attention
         made = flex(query, key, value, block_mask=attention_mask, scale=scale, enable_gqa=heads != key.shape[1])
         return made.transpose(1, 2).contiguous(), None
-    query = query.reshape(batch, key.shape[1], -1, width)
-    if kind == "sdpa" or (kind == "auto" and not (query.is_cuda and query.shape[2] > 1)):
-        made = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scale)
+    if kind == "sdpa" or (kind == "auto" and not (query.is_cuda and heads * r > key.shape[1])):
+        made = groups.few(query, key, value, attention_mask, scale)
     else:
         wide = torch.promote_types(query.dtype, torch.float32)
-        scores = (query * scale) @ key.mT + attention_mask
-        made = scores.softmax(-1, dtype=wide).to(value.dtype) @ value
-    return made.view(batch, heads, r, width).transpose(1, 2).contiguous(), None
+        scores = (query.reshape(batch, key.shape[1], -1, width) * scale) @ key.mT + attention_mask
+        made = (scores.softmax(-1, dtype=wide).to(value.dtype) @ value).view(query.shape)
+    return made.transpose(1, 2).contiguous(), None

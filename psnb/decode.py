@@ -16,6 +16,7 @@ from torch import Tensor
 from psnb.cache import KVCache
 from psnb.drafters import Drafter
 from psnb.errors import UserError
+from psnb.groups import for_few
 from psnb.profile import nearest
 from psnb.target import Target
 from psnb.tree import Candidates, Plan, Shape, Tree
@@ -170,14 +171,17 @@ def _forward(
     target: Target, tokens: Tensor, cache: KVCache, shape: Shape | None = None, taps: Sequence[int] = ()
 ) -> Tensor:
     """Feed tokens [r] after what the cache holds, in a row or as a tree with its root: features [1, r, H]."""
-    held, r = cache.length, len(tokens)
+    held, r, mask = cache.length, len(tokens), None
     if shape is None:
         places = torch.arange(held, held + r, device=tokens.device)
-        mask = torch.ones(r, held + r, dtype=torch.bool, device=tokens.device).tril(held)
+        if r > 1:
+            mask = torch.ones(r, held + r, dtype=torch.bool, device=tokens.device).tril(held)
     else:
         places = held + _depths(shape)
         mask = torch.cat([shape.mask.new_ones(r, held), shape.mask], 1)
-    return target.features(tokens[None], places[None], mask[None, None], cache, taps)
+    if mask is not None:
+        mask = for_few(mask[None], target.shared, target.dtype)
+    return target.features(tokens[None], places[None], mask, cache, taps)
 
 
 def _depths(shape: Shape) -> Tensor:

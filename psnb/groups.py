@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
@@ -196,8 +197,12 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: query [B, heads, R, D], key, value [B, groups, R, D] -> [B, R, heads, D].
 
-    Structured where `attention_mask` is `Rows`, flex attention where it is a block mask, else `sdpa`.
+    Structured where `attention_mask` is `Rows`, flex attention where it is a block mask, `few` where it is `for_few`'s,
+    else `sdpa`.
     """
+    if isinstance(attention_mask, Tensor) and attention_mask.shape[-2] != query.shape[2]:
+        made = few(query, key, value, attention_mask, options["scaling"])
+        return made.transpose(1, 2).contiguous(), None
     rows = isinstance(attention_mask, Rows)
     block = attention_mask.block if rows else attention_mask
     flex = isinstance(block, BlockMask) and query.shape[-1] >= 16  # it needs a head of 16 or more
@@ -206,6 +211,23 @@ def attend(
     query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast RoPE leaves them in float32
     one, how = (_flex, block) if flex else (_chunked, attention_mask)
     return one(query, key, value, how, options["scaling"]).transpose(1, 2).contiguous(), None
+
+
+def for_few(sees: Tensor, shared: int, dtype: torch.dtype) -> Tensor:
+    """What each row sees, bool [B, r, keys], as `few` takes it: 0 and -inf, [B, 1, shared * r, keys].
+
+    shared: query heads of a key head. Two of them, one row that sees the first of two keys: [[0, -inf], [0, -inf]].
+    """
+    return sees.to(dtype).log()[:, None].repeat(1, 1, shared, 1)
+
+
+def few(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Few queries over many keys: query [B, heads, r, D], key, value [B, groups, m, D], mask `for_few` -> as query.
+
+    The query heads that share a key head stand one after the other as its rows: keys are never repeated in memory.
+    """
+    rows = query.reshape(len(query), key.shape[1], -1, query.shape[-1])
+    return F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale).reshape(query.shape)
 
 
 @functools.cache

@@ -35,13 +35,14 @@ Mask = Tensor | BlockMask | None
 
 
 @contextlib.contextmanager
-def attention(model: nn.Module, mask: Mask) -> Iterator[None]:
-    """Inside, a block mask finds flex attention in `model`; any other mask finds what the model has.
+def attention(model: nn.Module, mask: Mask, rows: int | None = None) -> Iterator[None]:
+    """Inside, a block mask finds flex attention in `model`, and the mask `groups.for_few` of so many rows `groups.few`.
 
-    psnb's own attentions take their masks themselves.
+    Any other mask finds what the model has. psnb's own attentions take their masks themselves.
     """
     config, own = model.config, model.config._attn_implementation
-    if isinstance(mask, BlockMask) and not own.startswith("psnb_"):
+    ours = isinstance(mask, BlockMask) or (rows is not None and mask is not None and mask.shape[-2] != rows)
+    if ours and not own.startswith("psnb_"):
         config._attn_implementation = register()  # transformers' own refuses what autocast leaves in two dtypes
     try:
         yield
@@ -63,6 +64,8 @@ class Target:
         window = getattr(model.config, "sliding_window", None)  # within it, sliding attention is plain attention
         self.context: int = min(model.config.max_position_embeddings, window or model.config.max_position_embeddings)
         self.layers: int = model.config.num_hidden_layers
+        heads = model.config.num_attention_heads
+        self.shared: int = heads // (getattr(model.config, "num_key_value_heads", None) or heads)  # of a key head
 
     @property
     def device(self) -> torch.device:
@@ -77,9 +80,10 @@ class Target:
     ) -> Tensor:
         """ids, position_ids [B, n], mask bool [B, 1, n, m] (m keys, the cached ones first) -> features [B, n, H].
 
+        Of few rows the mask may be `groups.for_few`'s, made once for all layers.
         With `taps`, the outputs of these layers (counted from 1) stand before f_t: [B, n, (1 + len(taps)) * H].
         """
-        with attention(self.model, mask):
+        with attention(self.model, mask, ids.shape[1]):
             made = self.model.base_model(
                 input_ids=ids,
                 position_ids=position_ids,

@@ -1,5 +1,7 @@
 """The group layout against double loops and hand-written cases."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -176,3 +178,22 @@ def test_attention_on_a_gpu_equals_the_dense_mask(heads, width, keep, documents,
         results.append([out.double(), *(x.grad.double() for x in given)])
     for ours, reference in zip(*results, strict=True):
         assert (ours - reference).norm() / reference.norm() < tolerance
+
+
+def test_few_queries_see_what_attention_with_repeated_keys_sees():
+    """Two key heads of three query heads each, two sequences, three rows of which each sees other keys."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, h, n, 8, dtype=torch.float64) for h, n in ((6, 3), (2, 5), (2, 5)))
+    sees = torch.rand(2, 3, 5) < 0.5
+    sees[..., 0] = True
+    mask = groups.for_few(sees, 3, torch.float64)
+    assert mask.shape == (2, 1, 9, 5) and set(mask.unique().tolist()) == {0.0, float("-inf")}
+    found = groups.few(query, key, value, mask, 0.3)
+    wanted = torch.zeros_like(query)
+    for b, h, r in itertools.product(range(2), range(6), range(3)):
+        scores = 0.3 * key[b, h // 3] @ query[b, h, r]
+        weights = scores.masked_fill(~sees[b, r], -torch.inf).softmax(0)
+        wanted[b, h, r] = weights @ value[b, h // 3]
+    torch.testing.assert_close(found, wanted)
+    through = groups.attend(torch.nn.Module(), query, key, value, mask, scaling=0.3)[0]
+    torch.testing.assert_close(through, wanted.transpose(1, 2))

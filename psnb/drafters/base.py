@@ -142,6 +142,7 @@ class Layers(nn.Module):
             rms_norm_eps=getattr(of, "rms_norm_eps", 1e-6),
         )
         config._attn_implementation = groups.register()
+        self.shared = heads // config.num_key_value_heads  # query heads of a key head
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(count))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(config)
@@ -161,7 +162,10 @@ class Layers(nn.Module):
 
     def extend(self, hidden: Tensor, cache: Any, seen: Tensor | None = None, ahead: int = 0) -> Tensor:
         """Decoding: rows [B, r, H] that follow the cached ones, laid out by `cache.layout`, which see."""
-        return self(hidden, *cache.layout(hidden.shape[1], hidden.device, seen, ahead), cache)
+        place, mask = cache.layout(hidden.shape[1], hidden.device, seen, ahead)
+        if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+            mask = groups.for_few(mask[:, 0], self.shared, hidden.dtype)
+        return self(hidden, place, mask, cache)
 
 
 def start_norm(layers: Layers, target: Target) -> None:
