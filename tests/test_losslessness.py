@@ -93,7 +93,7 @@ def test_rejected_nodes_leave_no_trace(kind, monkeypatch):
 class Markov:
     """A target whose next token depends on the last one alone, by a table of logits [V, V]."""
 
-    device, dtype, layers, context, hidden_size = torch.device("cpu"), torch.float32, 1, 10**6, 3
+    device, dtype, layers, context, hidden_size, shared = torch.device("cpu"), torch.float32, 1, 10**6, 3, 1
 
     def __init__(self, table):
         self.table, self.vocab_size = table, len(table)
