@@ -60,7 +60,7 @@ UNSEEN = (
     "save_every",
 )  # of a training budget: what changes nothing in what is trained
 MEASURING = (  # the sources that a measured number comes from
-    *("target.py", "groups.py", "drafters/*.py", "cache.py", "tree.py", "verify.py", "decode.py"),
+    *("joined.py", "target.py", "groups.py", "drafters/*.py", "cache.py", "tree.py", "verify.py", "decode.py"),
     "measure.py",
 )
 TOKENIZER_BYTES = 60_000_000  # of text that a tokenizer is trained on
