@@ -81,7 +81,7 @@ GRID = (
     Variant("shared masks", {"mask_mode": "shared"}),
     Variant("feature loss 0.1", {"feature_weight": 0.1}),
     Variant("hard labels", {"labels": "hard"}),
-    Variant("streak 0.3", {"streak_weight": 0.3}),
+    Variant("no streak", {"streak_weight": 0.0}),
     Variant("curriculum 0.5", {"curriculum": 0.5}),
     Variant("target's text", {}, "target"),
     Variant("rate 3e-3", {"learning_rate": 3e-3}),
