@@ -73,9 +73,10 @@ def run(
     drafters = {name: study.drafter(name) for name in methods or study.profile.drafters}
     every = study.prompts()
     chosen = every.select(spread(every["family"], prompts))
-    if target.device.type == "cuda":
+    cuda = target.device.type == "cuda"
+    if cuda:
         torch.cuda.reset_peak_memory_stats()
-    engines = Engines(target, drafters)
+    engines = Engines(target, drafters) if cuda else None  # made here, to be asked how long they captured
     lengths = {name: min(k, drafter.k) for name, drafter in drafters.items()}
     for name, length in lengths.items():
         if length < k:
@@ -98,14 +99,13 @@ def run(
         )
         for line in first.to_dict("records")
     ]
-    cuda = target.device.type == "cuda"
     return {
         "profile": study.profile.name,
         "dtype": study.profile.dtype,
         "revision": manifest.revision(study.root),
         "machine": manifest.machine(),
         "budget": {**budget, "prompts": len(chosen), "k": k, "nodes": nodes, "seed": seed},
-        "capture_seconds": engines.capture_seconds,
+        "capture_seconds": engines.capture_seconds if engines else 0.0,
         "peak_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
         "rows": pd.concat([rows[rows["task"] == "all"], pd.DataFrame(lines)], ignore_index=True).to_dict("records"),
     }

@@ -171,16 +171,17 @@ def run(
     seed: int = 0,
     label: str = "generating",
     engines: Engines | None = None,
+    compiled: bool = True,
 ) -> pd.DataFrame:
     """Generate with every arm x temperature on every prompt: one row a generation.
 
     At T = 0 all rules are one, so of arms that differ in it alone the first runs. Arms are interleaved prompt by
     prompt, in an order that rotates, and share one seed a (prompt, repeat). transformers' `generate`, which takes long,
     runs on the first `hf_prompts` of each family (0: all). `engines` decode in place of `decode`; on a GPU they are
-    made where none are given.
+    made where none are given, `compiled` or not: compiling takes seconds a way of decoding, and saves time alone.
     """
     if engines is None and target.device.type == "cuda":
-        engines = Engines(target, drafters)
+        engines = Engines(target, drafters, compile_layers=compiled)
     static = StaticCache(target.config, target.context) if any(arm.method == "hf_static" for arm in arms) else None
     greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
@@ -563,7 +564,12 @@ def tree_times(target: Target, k: int, sizes: Sequence[int], context: int = 128,
 
 @torch.inference_mode()
 def draft_times(
-    target: Target, drafters: dict[str, Drafter], ks: Sequence[int], context: int = 128, repeats: int = 30
+    target: Target,
+    drafters: dict[str, Drafter],
+    ks: Sequence[int],
+    context: int = 128,
+    repeats: int = 30,
+    temperature: float = 0.0,
 ) -> pd.DataFrame:
     """Milliseconds of one draft of k tokens after `context` known ones: method, k, draft_ms, low, high, n.
 
@@ -575,7 +581,7 @@ def draft_times(
         prompt, taken = torch.arange(context).remainder(target.vocab_size).tolist(), {}
         prompts = Prompts(target)
         for name, k in arms:
-            engine = Engine(target, drafters[name], Settings(k=k, temperature=0.0), prompts=prompts)
+            engine = Engine(target, drafters[name], Settings(k=k, temperature=temperature), prompts=prompts)
             taken[name, k] = [engine.parts(prompt, repeats, ["draft"])["draft"] for _ in range(5)]
             engine.close()
         return _medians(taken)
@@ -588,14 +594,14 @@ def draft_times(
         features[name] = target.features(ids, places, None, taps=drafter.spec.taps)
         drafter.prefill(features[name][:, :context], ids[:, :context], caches[name])
     taken: dict[tuple[str, int], list[float]] = {arm: [] for arm in arms}
-    vocab, greedy = target.vocab_size, Sampler(target, Settings(temperature=0.0))
+    vocab, sampler = target.vocab_size, Sampler(target, Settings(temperature=temperature))
     plans = {arm: Plan("chain", arm[1], 0, vocab, device=target.device, width=drafters[arm[0]].width) for arm in arms}
 
     for turn in range(repeats + 3):
         for name, k in arms:
             began = time.perf_counter()
             plan = plans[name, k]
-            drafters[name].draft(features[name][:, -2:], ids[:, -2:], plan, greedy.propose(plan), caches[name])
+            drafters[name].draft(features[name][:, -2:], ids[:, -2:], plan, sampler.propose(plan), caches[name])
             if turn >= 3:  # the first ones warm up
                 taken[name, k].append(1e3 * (time.perf_counter() - began))
             caches[name].crop(context)
