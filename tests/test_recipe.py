@@ -105,7 +105,7 @@ def test_tokens_per_step():
 
 def test_variants_change_the_base():
     budget = FitSpec(steps=9, rows=8, optimizer="muon")
-    base = dataclasses.replace(load("embedded").drafters["eagle-ps"], streak_weight=0.0, train=budget)
+    base = dataclasses.replace(load("embedded").drafters["eagle-ps"], train=budget)
     spec = recipe.Variant("x", {"keep": 0.5, "learning_rate": 7e-3}).spec(base, 4)
     budget = dataclasses.replace(budget, steps=4, learning_rate=7e-3)
     assert spec == dataclasses.replace(base, keep=0.5, train=budget)
