@@ -20,7 +20,7 @@ from psnb import manifest
 from psnb.errors import UserError
 from psnb.manifest import digest, say
 from psnb.profile import Profile, nearest
-from psnb.study import DATA, SPLITS, Study, code, read_json, stage_facts
+from psnb.study import DATA, FORMAT, SPLITS, Study, code, read_json, stage_facts
 
 CORE_FLOPS = 5e10  # a second, reached while training by a core. For cost hints only, as the next
 GPU_FLOPS = 4e11  # the same by a data-centre GPU, for each of the first 1,024 of the target's width
@@ -299,6 +299,8 @@ def _forget(study: Study, only: str | None) -> None:
     for path in study.cache.glob("stages/*.json"):
         if only is None or path.stem == only or read_json(path).get("notebook") in (only, ""):
             path.unlink()
+    if only is None:
+        (study.cache / FORMAT).unlink(missing_ok=True)
 
 
 def report(study: Study) -> Path:

@@ -70,6 +70,7 @@ STAND_INS = {  # for a file of [data] that is not there
     "validation": "drop data.validation: a share of data.source is then held out",
     "questions": "drop data.questions: prompts are then cut from held-out text",
 }
+FORMAT = "format.json"  # in the cache: whether this machine's CPU is faster in bfloat16
 HELD_ROWS = 256  # held-out rows that are judged while training
 MANY_CHATS = 20_000  # that are tokenised in several processes
 
@@ -185,7 +186,7 @@ class Study:
         """This study in the number format that its machine is fastest in, on a CPU by measurement.
 
         For timing. Losslessness is checked in the profile's own format: bfloat16 rounds differently in passes of
-        different lengths.
+        different lengths. A CPU is asked once, so that all notebooks of a study are timed in one format.
         """
         import torch
 
@@ -195,7 +196,13 @@ class Study:
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
             shape = self.profile.target
-            fast = bfloat16_pays(shape.hidden_size, shape.intermediate_size, shape.layers)
+            sizes = shape.hidden_size, shape.intermediate_size, shape.layers
+            key = digest([*sizes, torch.__version__, manifest.machine_name(manifest.machine())])
+            found = read_json(self.cache / FORMAT)
+            if found.get("key") != key:
+                found = {"key": key, "bfloat16": bfloat16_pays(*sizes)}
+                manifest.write_json(self.cache / FORMAT, found)
+            fast = found["bfloat16"]
         if not fast:
             return self
         return dataclasses.replace(self, profile=dataclasses.replace(self.profile, dtype="bfloat16"), _loaded={})

@@ -544,3 +544,17 @@ def test_a_stage_says_within_which_it_was_made(tmp_path):
     study._make("outer", tmp_path / "outer", "key", outer, "making it")
     inside, outside = (json.loads((tmp_path / name / "stage.json").read_text()) for name in ("inner", "outer"))
     assert inside["within"] == "outer" and "within" not in outside
+
+
+def test_a_cpu_is_asked_once_for_its_format(toy, monkeypatch):
+    """Another answer later, on a busy machine say, changes nothing until the machine does, or all is measured again."""
+    answers, facts = [True, False, True], manifest.machine()
+    monkeypatch.setattr("psnb.joined.bfloat16_pays", lambda *sizes: answers.pop(0))
+    study = Study.open("toy.toml")
+    assert [Study.open("toy.toml").fastest().profile.dtype for _ in range(2)] == ["bfloat16"] * 2
+    monkeypatch.setattr(manifest, "machine", lambda: {**facts, "cpu": "another"})
+    assert study.fastest().profile.dtype == Study.open("toy.toml").fastest().profile.dtype == "float32"
+    runner._forget(study, "01_first")
+    assert study.fastest().profile.dtype == "float32"
+    runner._forget(study, None)
+    assert study.fastest().profile.dtype == "bfloat16" and not answers
