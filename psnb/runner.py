@@ -248,9 +248,9 @@ def run(
     if only or fresh or not study.current(first.stem, key, _executed(study, first), quiet=True):
         study.check_files(only or "")
     before, stood = study.manifest.read(), study.facts()
-    study.manifest.start(**study.about(), command=_command(study, only, fresh, given), **stood)
     if fresh:
         _forget(study, only)
+    study.manifest.start(**study.about(), command=_command(study, only, fresh, given), **stood)
     try:
         began = time.monotonic()
         executed = []

@@ -247,7 +247,7 @@ def test_no_permission_for_the_results(toy, capsys, monkeypatch):
 
     monkeypatch.setattr(runner.manifest.os, "replace", refuse)
     line = refused(capsys, "run", "--profile", "toy.toml", code=1)
-    assert "manifest.json: no permission to write there: " in line
+    assert "results/toy" in line and ".json: no permission to write there: " in line
     assert not (toy / "log.txt").exists()
 
 
