@@ -31,7 +31,7 @@ from psnb.drafters import Drafter
 from psnb.drafters.base import gather, last
 from psnb.errors import UserError
 from psnb.profile import nearest
-from psnb.target import Target
+from psnb.target import Target, heads
 from psnb.tree import Candidates, Plan, Shape, Tree
 from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform
 
@@ -298,11 +298,9 @@ class Engine:
 
     def _caches(self) -> tuple[StaticCache, StaticCache | None]:
         def made(layers: int, config: Any, like: Tensor) -> StaticCache:
-            heads = config.num_attention_heads
-            keys = getattr(config, "num_key_value_heads", None) or heads
-            width = getattr(config, "head_dim", None) or config.hidden_size // heads
+            queries, keys, width = heads(config)
             found = StaticCache(layers, self.batch, keys, self.capacity, width, like.dtype, like.device)
-            found.groups, found.attention = heads // keys, self.attention
+            found.groups, found.attention = queries // keys, self.attention
             return found
 
         body = self.body

@@ -569,7 +569,7 @@ def draft_times(
     ks: Sequence[int],
     context: int = 128,
     repeats: int = 30,
-    temperature: float = 0.0,
+    temperature: float = 0.7,
 ) -> pd.DataFrame:
     """Milliseconds of one draft of k tokens after `context` known ones: method, k, draft_ms, low, high, n.
 

@@ -51,6 +51,13 @@ def attention(model: nn.Module, mask: Mask, rows: int | None = None) -> Iterator
             config._attn_implementation = own
 
 
+def heads(config: Any) -> tuple[int, int, int]:
+    """Query heads and key heads of a model's configuration, and the width of a head. Some leave the last two out."""
+    count = config.num_attention_heads
+    keys = getattr(config, "num_key_value_heads", None) or count
+    return count, keys, getattr(config, "head_dim", None) or config.hidden_size // count
+
+
 class Target:
     """The frozen causal LM p. Its *feature* f_t is the last hidden state after the final norm."""
 
@@ -64,8 +71,8 @@ class Target:
         window = getattr(model.config, "sliding_window", None)  # within it, sliding attention is plain attention
         self.context: int = min(model.config.max_position_embeddings, window or model.config.max_position_embeddings)
         self.layers: int = model.config.num_hidden_layers
-        heads = model.config.num_attention_heads
-        self.shared: int = heads // (getattr(model.config, "num_key_value_heads", None) or heads)  # of a key head
+        queries, keys, _ = heads(model.config)
+        self.shared: int = queries // keys  # query heads of a key head
 
     @property
     def device(self) -> torch.device:

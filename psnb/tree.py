@@ -132,6 +132,7 @@ def _contenders(k: int, nodes: int, width: int) -> list[tuple[int, ...]]:
 
 
 @functools.lru_cache(maxsize=64)
+@torch.inference_mode(False)  # kept for whoever comes next: a tensor of another kind would be compiled for anew
 def _tables(k: int, nodes: int, width: int) -> tuple[Tensor, ...]:
     """Of each contender [S]: its slots' scores' places [S, k], itself and its ancestors [S, k], parent, depth, rank.
 

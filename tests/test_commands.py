@@ -245,9 +245,10 @@ def test_no_permission_for_the_results(toy, capsys, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
+    Study.open("toy.toml").fastest()  # so that the manifest is the first file that is written
     monkeypatch.setattr(runner.manifest.os, "replace", refuse)
     line = refused(capsys, "run", "--profile", "toy.toml", code=1)
-    assert "results/toy" in line and ".json: no permission to write there: " in line
+    assert "manifest.json: no permission to write there: " in line
     assert not (toy / "log.txt").exists()
 
 

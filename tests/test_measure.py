@@ -1,5 +1,7 @@
 """Measuring against numbers computed by hand; losslessness with planted faults."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -150,10 +152,26 @@ def test_unknown_methods_are_refused():
         measure.generate(target, {"eagle": None}, "eagel", [1], Settings())
 
 
-def test_draft_times_cover_every_arm():
+@pytest.mark.parametrize("compiled", [True, False])
+def test_engines_of_a_gpu_are_compiled_as_asked(compiled, monkeypatch):
+    made, of = [], toys.target(torch.float64)
+
+    def engines(target, drafters, **options):
+        made.append(options)
+        return lambda method, prompt, settings: decode.autoregressive(of, prompt, settings)
+
+    monkeypatch.setattr(measure, "Engines", engines)
+    target = SimpleNamespace(device=torch.device("cuda"), eos_token_id=None)
+    budget = {"arms": measure.chains({"plain": [0]}), "temperatures": [0.7], "max_new_tokens": 8}
+    runs = measure.run(target, {}, prompts(), compiled=compiled, **budget)
+    assert made == [{"compile_layers": compiled}] and len(runs) == 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_draft_times_cover_every_arm(temperature):
     target = toys.target()
     drafters = {kind: toys.drafter(kind, target) for kind in ("eagle", "eagle-ps", "medusa")}
-    table = measure.draft_times(target, drafters, [1, toys.K, 99], context=16, repeats=4)
+    table = measure.draft_times(target, drafters, [1, toys.K, 99], context=16, repeats=4, temperature=temperature)
     assert len(table) == 6 and set(table.k) == {1, toys.K}
     assert (table.n == 4).all() and (table.low <= table.draft_ms).all() and (table.draft_ms <= table.high).all()
     assert np.isfinite(table.draft_ms).all()

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from psnb import groups
 from psnb.profile import DrafterSpec
-from psnb.target import Target
+from psnb.target import Target, heads
 from psnb.tree import Candidates, Plan, Tree
 
 Mask = Tensor | groups.Rows
@@ -130,19 +130,19 @@ class Layers(nn.Module):
     def __init__(self, count: int, target: Target) -> None:
         super().__init__()
         of = target.config
-        heads = of.num_attention_heads
+        queries, keys, width = heads(of)
         config = LlamaConfig(
             hidden_size=of.hidden_size,
             intermediate_size=of.intermediate_size,
             num_hidden_layers=count,
-            num_attention_heads=heads,
-            num_key_value_heads=getattr(of, "num_key_value_heads", None) or heads,
-            head_dim=getattr(of, "head_dim", None) or of.hidden_size // heads,
+            num_attention_heads=queries,
+            num_key_value_heads=keys,
+            head_dim=width,
             max_position_embeddings=of.max_position_embeddings,
             rms_norm_eps=getattr(of, "rms_norm_eps", 1e-6),
         )
         config._attn_implementation = groups.register()
-        self.shared = heads // config.num_key_value_heads  # query heads of a key head
+        self.shared = queries // keys  # query heads of a key head
         self.layers = nn.ModuleList(LlamaDecoderLayer(config, index) for index in range(count))
         self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary = LlamaRotaryEmbedding(config)
