@@ -79,8 +79,14 @@ def trees(sizes: dict[str, list[list[int]]]) -> list[Arm]:
 
 
 def drafted_arms(runs: pd.DataFrame, temperature: float, count: int = 0) -> list[Arm]:
-    """The arms with a drafter in `run`'s rows at this temperature; with `count` each drafter's fastest ones."""
+    """The arms with a drafter in `run`'s rows at this temperature; with `count` each drafter's fastest ones.
+
+    Raises UserError where the rows have none at this temperature.
+    """
     rows = runs[~runs["method"].isin(BASELINES) & (runs["temperature"] == temperature)]
+    if rows.empty:
+        there = ", ".join(f"{t:g}" for t in sorted(runs["temperature"].unique()))
+        raise UserError(f"no drafts were recorded at T = {temperature:g}: choose of {there}")
     sums = rows.groupby(ARM, sort=False)[["tokens", "decode_s"]].sum()
     speed = sums["tokens"] / sums["decode_s"]
     if count:
