@@ -30,6 +30,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
+from datasets.fingerprint import Hasher
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -393,7 +394,7 @@ def pack(dataset: Dataset, length: int) -> Dataset:
     )
     log.info("%d windows below %d tokens dropped (%d tokens)", np.sum(row < 0), SHORTEST_WINDOW, lost)
     arrays = {n: pa.FixedSizeListArray.from_arrays(pa.array(a.ravel()), length) for n, a in packed.items()}
-    return Dataset(pa.table(arrays))
+    return Dataset(pa.table(arrays), fingerprint=Hasher.hash_bytes(list(packed.values())))  # its own pickles the table
 
 
 # --- 5. chats -----------------------------------------------------------------------------------------------------
@@ -469,6 +470,19 @@ def load_records(source: str, split: str = "train") -> tuple[Dataset, dict[str, 
     return Dataset.from_list(kept, features=Features({"messages": List(turn), "text": Value("string")})), facts
 
 
+def chats_sha256(dataset: Dataset) -> str:
+    """sha256 of load_records' records in their order: of the lengths of all texts and roles, and of their bytes."""
+    lengths, words = hashlib.sha256(), hashlib.sha256()
+    for batch in dataset.with_format("arrow").iter(10_000):
+        turns = batch["messages"].combine_chunks()
+        lengths.update(pc.list_value_length(turns).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
+        turns = turns.flatten()
+        for column in (batch["text"].combine_chunks(), turns.field("role"), turns.field("content")):
+            lengths.update(pc.binary_length(column).fill_null(-1).to_numpy(zero_copy_only=False).tobytes())
+            words.update("".join(column.drop_null().to_pylist()).encode())
+    return hashlib.sha256(lengths.digest() + words.digest()).hexdigest()
+
+
 class Refused(UserError):
     """The chat template does not take this chat; others may be fine."""
 
@@ -501,7 +515,8 @@ def chat_tokens(messages: Sequence[dict], tokenizer: PreTrainedTokenizerFast) ->
     text, spans = render(messages, tokenizer, False), []
     for i, message in enumerate(messages):
         if message["role"] == "assistant" and i:
-            before, after = render(messages[:i], tokenizer, True), render(messages[: i + 1], tokenizer, False)
+            before = render(messages[:i], tokenizer, True)
+            after = text if i == len(messages) - 1 else render(messages[: i + 1], tokenizer, False)
             if not (after.startswith(before) and text.startswith(after)):
                 raise UserError(
                     f"the chat template is not prefix-stable: it writes turn {i} or those before otherwise once more "
@@ -543,18 +558,19 @@ def tokenize_chat(
     done = dataset.map(
         encode_record, num_proc=num_proc, remove_columns=dataset.column_names, features=features, desc="chats"
     )
-    kinds = np.array(done["kind"], dtype=str)
-    facts = {name: int(np.char.startswith(kinds, name).sum()) for name in ("cut", "refused", "silent")}
-    chats = np.isin(kinds, ("chat", "cut"))
+    kinds = done.with_format("arrow")[:]["kind"].to_pandas()
+    facts = {name: int(kinds.str.startswith(name).sum()) for name in ("cut", "refused", "silent")}
+    chats = kinds.isin(("chat", "cut")).to_numpy()
     lost = facts["refused"] + facts["silent"]
     if lost and not chats.any():
         why = next(k for k in kinds if k.startswith("refused")) if facts["refused"] else "the loss mask selects nothing"
         raise UserError(
             f"none of {lost} chats can be trained on ({why}); check the roles, the template and data.length"
         )
-    kept = done.select(np.flatnonzero(chats | (kinds == "text")))
+    keep = np.flatnonzero(chats | (kinds == "text"))
+    kept = done.select(keep)
     mask, starts = _flat(kept, "loss_mask")
-    of_chats = mask[np.repeat(np.isin(kept["kind"], ("chat", "cut")), np.diff(starts))]
+    of_chats = mask[np.repeat(chats[keep], np.diff(starts))]
     if len(of_chats) and of_chats.all():
         raise UserError(f"the loss mask selects everything of {len(of_chats)} tokens; check the roles and the template")
     return kept.remove_columns("kind"), facts

@@ -404,7 +404,7 @@ class Study:
         corpus.save_to_disk(folder)
         return {
             "documents": {name: len(split) for name, split in corpus.items()},
-            "sha256": {name: digest(split.to_list()) for name, split in corpus.items()} | self._chat_files(),
+            "sha256": {name: data.chats_sha256(split) for name, split in corpus.items()} | self._chat_files(),
             **facts,
         }
 

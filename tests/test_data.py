@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy_code import code_files, write
@@ -343,6 +343,29 @@ def test_sharegpt_records(tmp_path):
     file.write_text(json.dumps({"conversations": [{"from": "human"}]}))
     with pytest.raises(UserError, match="share.jsonl:1: the record is not"):
         data.load_records(str(file))
+
+
+def test_chats_have_the_hash_of_their_words_however_they_lie_in_memory(tmp_path):
+    def records(*lines):
+        file = tmp_path / "chats.jsonl"
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return data.load_records(str(file))[0]
+
+    def chat(*texts):
+        return {"messages": [{"role": "user", "content": text} for text in texts]}
+
+    first = [chat("ab", "c"), {"text": "d"}, chat("e")]
+    whole = data.chats_sha256(records(*first))
+    pieces = concatenate_datasets([records(first[2]), records(*first[:2])]).select([1, 2, 0])
+    assert data.chats_sha256(pieces) == whole
+    others = [
+        [chat("a", "bc"), *first[1:]],  # the same words, cut elsewhere
+        [chat("ab"), chat("c"), *first[1:]],
+        [first[0], chat("d"), first[2]],
+        first[::-1],
+        [{"messages": [{"role": "system", "content": "ab"}, {"role": "user", "content": "c"}]}, *first[1:]],
+    ]
+    assert len({whole, *(data.chats_sha256(records(*lines)) for lines in others)}) == 6
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.xz"])
