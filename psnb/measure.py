@@ -339,6 +339,35 @@ def _metrics(part: pd.DataFrame, method: str, k: int, baselines: dict, temperatu
             yield "speedup_mean_rate", rate / rate0, both["prompt"].nunique(), "x"
 
 
+def beside(
+    runs: pd.DataFrame, above: Arm, below: Arm, temperature: float, metric: str
+) -> tuple[float, float, float] | None:
+    """One arm's value over another's in `run`'s rows, on the prompts and repeats of both: (ratio, low, high) or None.
+
+    metric: tokens_per_second, tokens_per_step or accept_cond_i. Prompts are drawn with both their values (paired
+    bootstrap), so that what is hard for both widens no interval.
+    """
+    sums = []
+    for arm in (above, below):
+        wanted = dataclasses.asdict(arm) | {"temperature": temperature}
+        part = runs[(runs[list(wanted)] == pd.Series(wanted)).all(axis=1)].set_index(["prompt", "repeat"])
+        if part.empty:
+            return None
+        if metric == "tokens_per_second":
+            pairs = part[["tokens", "decode_s"]].to_numpy(float)
+        else:
+            reached = _histograms(part, arm.k)[:, ::-1].cumsum(1)[:, ::-1]  # at least i
+            i = 0 if metric == "tokens_per_step" else int(metric.removeprefix("accept_cond_"))
+            pairs = np.stack([reached.sum(1) if metric == "tokens_per_step" else reached[:, i + 1], reached[:, i]], 1)
+        sums.append(pd.DataFrame(pairs, part.index))
+    both = sums[0].join(sums[1], rsuffix="_below", how="inner").groupby(level="prompt").sum().to_numpy()
+    if not len(both):
+        return None
+    a, a_of, b, b_of = (_weights(len(both)) @ both).T
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return _interval((a / a_of) / (b / b_of))
+
+
 @torch.inference_mode()
 def gap(target: Target, prefix: Sequence[int], settings: Settings) -> float:
     """How far apart the two best (perturbed) scores of the next token after `prefix` lie."""

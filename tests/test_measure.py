@@ -278,3 +278,24 @@ def test_rows_of_marginals_equal_the_arithmetic():
 def test_tree_times_cover_the_sizes():
     table = measure.tree_times(toys.target(), 3, [4, 8], context=12, repeats=3)
     assert table.nodes.tolist() == [4, 8] and (table[["build_ms", "walk_ms", "forward_ms"]] > 0).all().all()
+
+
+def test_two_arms_beside_each_other_are_paired_by_prompt():
+    """Speeds differ tenfold between prompts and by exactly 1.5 within each: no interval has any width."""
+    arms = measure.Arm("eagle-ps", 2, "chain", 2), measure.Arm("eagle", 1, "chain", 1)
+    rows = []
+    for i, (arm, slower) in enumerate((*((arms[0], 1.0),) * 4, *((arms[1], 1.5),) * 4)):
+        about = {"temperature": 0.7, "prompt": f"p{i % 4}", "repeat": 0}
+        shares = {"tokens": 10, "decode_s": slower * (1 + 9 * (i % 2)), "histogram": "4 2 2" if i < 4 else "6 2"}
+        rows.append({**vars(arm), **about, **shares})
+    runs = pd.DataFrame(rows)
+    assert measure.beside(runs, *arms, 0.7, "tokens_per_second") == pytest.approx((1.5, 1.5, 1.5))
+    assert measure.beside(runs, *arms, 0.7, "tokens_per_step") == pytest.approx(((14 / 8) / (10 / 8),) * 3)
+    assert measure.beside(runs, *arms, 0.7, "accept_cond_0") == pytest.approx(((4 / 8) / (2 / 8),) * 3)
+    assert measure.beside(runs, *arms[::-1], 0.7, "tokens_per_second") == pytest.approx((2 / 3,) * 3)
+    runs.loc[7, "decode_s"] *= 2  # one prompt of the second arm: the ratio, and now an interval about it
+    at, low, high = measure.beside(runs, *arms, 0.7, "tokens_per_second")
+    assert at == pytest.approx((40 / 22) / (40 / (1.5 * 22 + 15))) and low < at < high
+    assert measure.beside(runs[runs.prompt != "p0"], *arms, 0.7, "tokens_per_second")[0] != pytest.approx(at)
+    assert measure.beside(runs, *arms, 0.0, "tokens_per_second") is None
+    assert measure.beside(runs.iloc[[0, 5]], *arms, 0.7, "tokens_per_second") is None  # no prompt in common
