@@ -110,6 +110,14 @@ def write_json(path: Path, obj: Any) -> None:
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What stands there; empty if nothing readable does."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
 def csv(frame: pd.DataFrame) -> str:
     """`frame` as CSV without its index, floats with six digits."""
     return frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
@@ -239,11 +247,7 @@ class RunManifest:
     path: Path
 
     def read(self) -> dict[str, Any]:
-        """What stands there; empty if there is none or it is not JSON."""
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            return {}
+        return read_json(self.path)
 
     def start(self, **facts: Any) -> None:
         """A new manifest with status `running`. Raises DiskError."""

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import io
-import json
 import os
 import re
 import shutil
@@ -37,7 +36,7 @@ import pandas as pd
 
 from psnb import manifest, profile
 from psnb.errors import UserError
-from psnb.manifest import digest, say
+from psnb.manifest import digest, read_json, say
 from psnb.profile import FitSpec, Profile, nearest
 
 if TYPE_CHECKING:
@@ -115,14 +114,6 @@ def _tracked(folder: Path) -> bool:
         return bool(subprocess.run(words, capture_output=True).stdout)
     except OSError:  # no git here
         return False
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What stands there; empty if nothing readable does."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def stage_facts(folder: Path) -> dict[str, Any]:
