@@ -30,6 +30,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
+from packaging.utils import canonicalize_name
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -57,10 +58,6 @@ SPLIT = (
 # --- 1. files -----------------------------------------------------------------------------------------------------
 
 
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def _pins(constraints: Path) -> dict[str, str]:
     """{normalised name: public version} of the `name==version` lines; UserError if there are none."""
     try:
@@ -70,7 +67,7 @@ def _pins(constraints: Path) -> dict[str, str]:
     found = re.findall(r"^\s*([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?\s*==\s*([^\s;#]+)", text, flags=re.MULTILINE)
     if not found:
         raise UserError(f"{constraints}: no `name==version` line; write it with `pip freeze`")
-    return {_normal(name): version.split("+")[0] for name, version in found}
+    return {canonicalize_name(name): version.split("+")[0] for name, version in found}
 
 
 def _standard_library(root: Path) -> Iterator[Path]:
@@ -88,10 +85,10 @@ def environment_files(constraints: Path, exclude: Sequence[str] = ()) -> pd.Data
     Raises UserError for a constraints file that is missing or pins nothing.
     """
     pins = _pins(constraints)
-    skipped = {_normal(name) for name in (*NEVER, *exclude)}
+    skipped = {canonicalize_name(name) for name in (*NEVER, *exclude)}
     rows, mismatched, seen = [], {}, set()
     for dist in importlib.metadata.distributions():
-        name = _normal(dist.name)
+        name = canonicalize_name(dist.name)
         if name in skipped or name not in pins or name in seen:  # the first on sys.path is the one that is imported
             continue
         seen.add(name)
@@ -143,7 +140,7 @@ def code_corpus(
     packages are dropped. Without `train` the other packages are not read. Raises UserError for an empty corpus or a
     held-out package without files.
     """
-    wanted = {_normal(name) for name in held_out}
+    wanted = {canonicalize_name(name) for name in held_out}
     modules = {p.split("/")[0].removesuffix(".py") for p in files.path[files.package.isin(wanted)]}
     modules -= {"test", "tests", "docs", "examples"}
     columns = ("package", "version", "path", "text", "sha256")
