@@ -231,23 +231,17 @@ def near_copies(train: Dataset, held_out: Dataset, lines: int = 8) -> pd.DataFra
 
 
 def sample_texts(dataset: Dataset, max_bytes: int) -> Iterator[str]:
-    """About max_bytes of whole documents in the order of their sha256: a sample that does not depend on the machine."""
-    left = max_bytes
-    for index in np.argsort(np.array(dataset["sha256"])):
-        if left <= 0:
-            return
-        text = dataset[int(index)]["text"]
-        left -= len(text.encode())
-        yield text
+    """About max_bytes of whole texts, of a chat its turns as lines: a sample that does not depend on the machine.
 
-
-def sample_chats(dataset: Dataset, max_bytes: int) -> Iterator[str]:
-    """The words of the first records (load_records) of a shuffled set, a record's turns as lines: about max_bytes."""
+    Documents of code come in the order of their sha256, records (load_records), which are shuffled, as they stand.
+    """
+    if "sha256" in dataset.column_names:
+        dataset = dataset.select(np.argsort(np.array(dataset["sha256"])))
     left = max_bytes
     for record in dataset:
         if left <= 0:
             return
-        text = "\n".join([record["text"] or "", *(m["content"] for m in record["messages"] or ())])
+        text = "\n".join([record["text"] or "", *(m["content"] for m in record.get("messages") or ())])
         left -= len(text.encode())
         yield text
 

@@ -417,12 +417,8 @@ class Study:
     def _train_tokenizer(self, folder: Path) -> dict[str, Any]:
         from psnb import data
 
-        train, spec = self.corpus()["train"], self.profile.data
-        if spec.source == "code":
-            texts = data.sample_texts(train, TOKENIZER_BYTES)
-        else:
-            texts = data.sample_chats(train, TOKENIZER_BYTES)
-        tokenizer = data.train_tokenizer(texts, spec.vocab_size)
+        spec = self.profile.data
+        tokenizer = data.train_tokenizer(data.sample_texts(self.corpus()["train"], TOKENIZER_BYTES), spec.vocab_size)
         if spec.source != "code":
             tokenizer.chat_template = data.CHAT_TEMPLATE
         tokenizer.save_pretrained(folder)

@@ -331,8 +331,8 @@ def test_long_refused_and_silent_chats_are_counted(chatty):
 
 def test_a_sample_of_chats_ends_behind_its_bytes():
     some = records(CHAT[1:3], CHAT, texts=["x" * 10, "y"])
-    assert list(data.sample_chats(some, 10**6)) == ["\nHi\nHello.", "\nBe brief.\nHi\nHello.\n1+1?\n2", "x" * 10, "y"]
-    assert [len(text) for text in data.sample_chats(some, 11)] == [10, 27]
+    assert list(data.sample_texts(some, 10**6)) == ["\nHi\nHello.", "\nBe brief.\nHi\nHello.\n1+1?\n2", "x" * 10, "y"]
+    assert [len(text) for text in data.sample_texts(some, 11)] == [10, 27]
 
 
 def test_sharegpt_records(tmp_path):
