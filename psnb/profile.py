@@ -34,6 +34,10 @@ class FitSpec:
     save_every: int = 200  # steps after which a killed run can go on
 
 
+# Of a training budget what changes nothing in what is trained: it may be another when a run is resumed.
+FREE = ("accumulate", "compile", "log_every", "evaluate_every", "save_every")
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """Where text comes from. `source` = "code" (this environment's Python), or chats: JSONL files or hub data sets.

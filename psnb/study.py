@@ -37,7 +37,7 @@ import pandas as pd
 from psnb import manifest, profile
 from psnb.errors import UserError
 from psnb.manifest import digest, read_json, say
-from psnb.profile import FitSpec, Profile, nearest
+from psnb.profile import FREE, FitSpec, Profile, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -51,13 +51,6 @@ DATA = ("corpus", "tokenizer", "tokens", "rows", "prompts")
 SPLITS = ("train", "held_out")
 TRAINED_ON = ("source", "split", "packages", "held_out", "vocab_size", "length")  # of [data]: what weights depend on
 ANSWERED = ("responses", "prefix", "response_temperature", "response_rows")  # what drafters' weights depend on beside
-UNSEEN = (
-    "accumulate",
-    "compile",
-    "log_every",
-    "evaluate_every",
-    "save_every",
-)  # of a training budget: what changes nothing in what is trained
 MEASURING = (  # the sources that a measured number comes from
     *("joined.py", "target.py", "groups.py", "drafters/*.py", "cache.py", "tree.py", "verify.py", "decode.py"),
     "measure.py",
@@ -92,7 +85,7 @@ def _seen(spec: Any) -> dict[str, Any]:
     """A target's or drafter's spec without what changes nothing in the weights."""
     found = manifest.plain(spec)
     if "train" in found:
-        found["train"] = {k: v for k, v in found["train"].items() if k not in UNSEEN}
+        found["train"] = {k: v for k, v in found["train"].items() if k not in FREE}
     return found
 
 
