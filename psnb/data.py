@@ -76,7 +76,7 @@ def _standard_library(root: Path) -> Iterator[Path]:
         yield from (Path(folder, f) for f in sorted(files) if f.endswith(".py"))
 
 
-def environment_files(constraints: Path, exclude: Sequence[str] = ()) -> pd.DataFrame:
+def environment_files(constraints: Path) -> pd.DataFrame:
     """Python files of the pinned packages and the standard library, sorted by (package, path).
 
     Columns: package, version (without a local part such as `+cpu`), path (posix, relative to the install root), file
@@ -85,11 +85,10 @@ def environment_files(constraints: Path, exclude: Sequence[str] = ()) -> pd.Data
     Raises UserError for a constraints file that is missing or pins nothing.
     """
     pins = _pins(constraints)
-    skipped = {canonicalize_name(name) for name in (*NEVER, *exclude)}
     rows, mismatched, seen = [], {}, set()
     for dist in importlib.metadata.distributions():
         name = canonicalize_name(dist.name)
-        if name in skipped or name not in pins or name in seen:  # the first on sys.path is the one that is imported
+        if name in NEVER or name not in pins or name in seen:  # the first on sys.path is the one that is imported
             continue
         seen.add(name)
         version = dist.version.split("+")[0]
@@ -98,13 +97,12 @@ def environment_files(constraints: Path, exclude: Sequence[str] = ()) -> pd.Data
         for entry in dist.files or ():
             if entry.suffix == ".py" and ".." not in entry.parts:  # `..` leads to scripts and shared data
                 rows.append((name, version, entry.as_posix(), str(dist.locate_file(entry))))
-    if "python" not in skipped:
-        root = Path(sysconfig.get_path("stdlib"))
-        # lib2to3 ships test data in old encodings; the generated build settings name the machine.
-        for file in _standard_library(root):
-            path = file.relative_to(root).as_posix()
-            if not path.startswith(("lib2to3/tests/", "config-", "_sysconfigdata")):
-                rows.append(("python", platform.python_version(), path, str(file)))
+    root = Path(sysconfig.get_path("stdlib"))
+    # lib2to3 ships test data in old encodings; the generated build settings name the machine.
+    for file in _standard_library(root):
+        path = file.relative_to(root).as_posix()
+        if not path.startswith(("lib2to3/tests/", "config-", "_sysconfigdata")):
+            rows.append(("python", platform.python_version(), path, str(file)))
     frame = pd.DataFrame(rows, columns=["package", "version", "path", "file"])
     frame = frame.drop_duplicates(["package", "path"]).sort_values(["package", "path"], ignore_index=True)
     frame.attrs["mismatched"] = mismatched
@@ -285,7 +283,7 @@ def _documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list
     return [[*ids, tokenizer.eos_token_id] for ids in encode(texts, tokenizer)]
 
 
-def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, num_proc: int | None = None) -> Dataset:
+def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
     """Adds `input_ids` (int32, the end-of-text id last) and drops `text`; the other columns stay.
 
     Special tokens spelt out inside a text are ordinary text: only a document's end has the end-of-text id.
@@ -298,7 +296,6 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, num_proc: int
         lambda batch: {"input_ids": _documents(batch["text"], tokenizer)},
         batched=True,
         batch_size=200,  # some MB of text
-        num_proc=num_proc,
         remove_columns=["text"],
         features=features,
         desc="tokens",
