@@ -1,7 +1,7 @@
 """Corpora and prompt sets become token rows: files -> documents -> tokens -> packed rows.
 
     files = environment_files(Path("constraints.txt"))
-    corpus = code_corpus(files, held_out=HELD_OUT)             # DatasetDict: train, held_out
+    corpus = code_corpus(files, held_out=["networkx"])         # DatasetDict: train, held_out
     tokenizer = train_tokenizer(sample_texts(corpus["train"], 60_000_000), vocab_size=5120)
     rows = pack(tokenize(corpus["train"], tokenizer), length=1024)
 
@@ -40,7 +40,6 @@ log = logging.getLogger(__name__)
 
 EOS = "<|endoftext|>"
 NEVER = ("pip", "setuptools", "wheel", "psnb")  # differ between machines, or are the study itself
-HELD_OUT = ("attrs", "jinja2", "jsonschema", "mistune", "networkx", "tornado", "websocket-client")  # no copies in train
 VENDOR_DIRS = ("_vendor", "vendored", "externals", "third_party")
 SHORTEST_WINDOW = 16
 
@@ -181,48 +180,6 @@ def corpus_manifest(corpus: DatasetDict) -> pd.DataFrame:
         frame.insert(4, "bytes", [len(text.encode()) for text in frame.text])
         frames.append(frame.drop(columns="text"))
     return pd.concat(frames, ignore_index=True)
-
-
-def _runs(text: str, lines: int) -> np.ndarray:
-    """Hashes [runs] of every run of `lines` non-blank stripped lines with at least 15 characters a line on average."""
-    stripped = [line for line in map(str.strip, text.split("\n")) if line]
-    if len(stripped) < lines:
-        return np.zeros(0, np.uint64)
-    # hash() differs between processes, not within one.
-    hashes = np.fromiter((hash(line) & 0xFFFFFFFFFFFFFFFF for line in stripped), np.uint64, len(stripped))
-    sizes = np.fromiter(map(len, stripped), np.int64, len(stripped))
-    n = len(stripped) - lines + 1
-    code, size, base = np.zeros(n, np.uint64), np.zeros(n, np.int64), np.uint64(0x9E3779B97F4A7C15)
-    for i in range(lines):
-        code = code * base + hashes[i : i + n]
-        size += sizes[i : i + n]
-    return code[size >= 15 * lines]
-
-
-def near_copies(train: Dataset, held_out: Dataset, lines: int = 8) -> pd.DataFrame:
-    """How much of each held-out package stands in train: package, runs, share, top_package, top_share.
-
-    `runs` counts the package's distinct runs of `lines` non-blank stripped lines (of 15 characters on average at
-    least), `share` is the part of them found in train, `top_package` the train package that holds most of them.
-    """
-
-    def distinct(dataset: Dataset) -> dict[str, np.ndarray]:
-        runs: dict[str, list[np.ndarray]] = {}
-        for package, text in zip(dataset["package"], dataset["text"], strict=True):
-            runs.setdefault(package, []).append(_runs(text, lines))
-        return {package: np.unique(np.concatenate(parts)) for package, parts in sorted(runs.items())}
-
-    held = distinct(held_out)
-    every = np.unique(np.concatenate([*held.values()]))
-    copies = {name: np.intersect1d(runs, every, assume_unique=True) for name, runs in distinct(train).items()}
-    rows = []
-    for package, runs in held.items():
-        shared = {name: np.intersect1d(runs, other, assume_unique=True) for name, other in copies.items()}
-        top = max(shared, key=lambda name: len(shared[name]))
-        found, total = len(np.unique(np.concatenate([*shared.values()]))), max(len(runs), 1)
-        best = len(shared[top])
-        rows.append((package, len(runs), found / total, top if best else "", best / total))
-    return pd.DataFrame(rows, columns=["package", "runs", "share", "top_package", "top_share"])
 
 
 # --- 3. tokens ----------------------------------------------------------------------------------------------------

@@ -111,23 +111,6 @@ def test_empty_corpus_and_unknown_held_out_package_are_refused(toy):
         data.code_corpus(toy, held_out=["delta"])
 
 
-def test_near_copies_counts_shared_runs():
-    def lines(letters):
-        return "\n\n".join(f"    a line of code that is long enough: {letter}" for letter in letters)
-
-    held = Dataset.from_dict({"package": ["held", "clean"], "text": [lines("abcdefghij"), lines("0123456789")]})
-    train = Dataset.from_dict(
-        {
-            "package": ["copy", "copy", "less", "turned"],
-            "text": [lines("xbcdefghiy"), lines("abc"), lines("-cdefghij-"), lines("jihgfedcba9876543210")],
-        }
-    )
-    found = data.near_copies(train, held, lines=4).set_index("package")
-    # held has the runs abcd .. ghij; copy has bcde .. fghi (5 of 7), less has cdef .. ghij (5 of 7), together 6.
-    assert list(found.loc["held"]) == [7, 6 / 7, "copy", 5 / 7]
-    assert list(found.loc["clean"]) == [7, 0.0, "", 0.0]
-
-
 # --- tokens -------------------------------------------------------------------------------------------------------
 
 
