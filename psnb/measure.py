@@ -47,7 +47,6 @@ COLUMNS = [
     "unit",
 ]
 BASELINES = ("plain", "hf_generate", "hf_static")
-METHODS = (*BASELINES, "medusa", "eagle", "medusa-ps", "eagle-ps")
 ARM = ["method", "tree", "k", "nodes", "rule"]  # what tells one way of decoding from another
 TIE = 1e-4  # two best scores closer than this are a numeric tie (DESIGN, invariant 4)
 BOOTSTRAP = 1000
@@ -196,7 +195,6 @@ def run(
         for repeat, temperature in product(range(repeats), temperatures)
         for index, record in enumerate(records)
     ]
-    stop = (target.eos_token_id,) if target.eos_token_id is not None else ()
     for temperature, arm in product(temperatures if engines else (0.7,), arms):  # warm up, capture
         settings = arm.settings(max_new_tokens=6, temperature=temperature)
         generate(target, drafters, arm.method, records[0]["input_ids"], settings, engines, static)
@@ -211,7 +209,7 @@ def run(
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
                 seed=seed + 7919 * repeat + index,
-                stop_tokens=stop,
+                stop_tokens=target.stop_tokens,
             )
             made = generate(target, drafters, arm.method, record["input_ids"], settings, engines, static)
             drafted = arm.method not in BASELINES
@@ -479,8 +477,8 @@ def marginals(
     text, seen (is the root), sharpen and position (known tokens, the root included), with accepted, 0..k.
     """
     rows: list[dict[str, object]] = []
-    stop = (target.eos_token_id,) if target.eos_token_id is not None else ()
-    settings = Settings(k=k, temperature=temperature, max_new_tokens=1 + (k + 1) * positions, stop_tokens=stop)
+    limits = {"max_new_tokens": 1 + (k + 1) * positions, "stop_tokens": target.stop_tokens}
+    settings = Settings(k=k, temperature=temperature, **limits)
     for index, prompt in enumerate(manifest.progress(texts, len(texts), "exact marginals")):
         own = dataclasses.replace(settings, seed=seed + index)  # as `run` has it
         text = [*prompt, *autoregressive(target, prompt, own).tokens]

@@ -735,8 +735,7 @@ def coloured(generation: Generation, tokenizer: Any) -> HTML:
 def explore(target: Any, drafter: Any, name: str, prompt: str, k: int, temperature: float) -> HTML:
     """Generate from a prompt and show the coloured text with its time."""
     ids = target.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    stop = () if target.eos_token_id is None else (target.eos_token_id,)
-    settings = decode.Settings(k=k, temperature=temperature, max_new_tokens=64, stop_tokens=stop)
+    settings = decode.Settings(k=k, temperature=temperature, max_new_tokens=64, stop_tokens=target.stop_tokens)
     result = decode.speculative(target, drafter, ids, settings)
     seconds = result.decode_seconds
     speed = (len(result.tokens) - 1) / seconds if seconds else 0.0  # the first token belongs to the prefill
