@@ -38,12 +38,8 @@ def arms(lengths: dict[str, int], nodes: int) -> list[Arm]:
 
 def spread(families: Sequence[str], count: int) -> list[int]:
     """Indices of `count` prompts, the families in turn: ["a", "a", "b"], 2 -> [0, 2]."""
-    place: dict[str, int] = {}
-    order = []
-    for index, family in enumerate(families):
-        place[family] = place.get(family, 0) + 1
-        order.append((place[family], index))
-    return [index for _, index in sorted(order)[:count]]
+    place = pd.Series(families).groupby(list(families)).cumcount()
+    return place.sort_values(kind="stable").index[:count].tolist()
 
 
 def run(
@@ -86,18 +82,10 @@ def run(
     seed = study.profile.seed
     runs = measure.run(target, drafters, chosen, arms=plan, seed=seed, label="bench", engines=engines, **budget)
     rows = measure.summary(runs, "bench")
-    first = runs.groupby([*ARM, "temperature"], sort=False)["prefill_s"].median().reset_index()
+    first = runs.groupby([*ARM, "temperature"], sort=False)["prefill_s"].median()
     lines = [
-        measure._row(
-            "bench",
-            [line[name] for name in ARM],
-            line["temperature"],
-            "first_token_ms",
-            1e3 * line["prefill_s"],
-            len(chosen),
-            "ms",
-        )
-        for line in first.to_dict("records")
+        measure._row("bench", arm, temperature, "first_token_ms", 1e3 * seconds, len(chosen), "ms")
+        for (*arm, temperature), seconds in first.items()
     ]
     return {
         "profile": study.profile.name,
