@@ -184,12 +184,8 @@ def run(
     static = StaticCache(target.config, target.context) if any(arm.method == "hf_static" for arm in arms) else None
     greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
-    place: dict[str, int] = {}
-    generated = set()
-    for record in records:
-        place[record["family"]] = place.get(record["family"], 0) + 1
-        if not hf_prompts or place[record["family"]] <= hf_prompts:
-            generated.add(record["id"])
+    families = pd.DataFrame(records)[["id", "family"]].groupby("family")
+    generated = set(families.head(hf_prompts or len(records))["id"])
     plan = [
         (temperature, repeat, index, record)
         for repeat, temperature in product(range(repeats), temperatures)
@@ -199,7 +195,7 @@ def run(
         settings = arm.settings(max_new_tokens=6, temperature=temperature)
         generate(target, drafters, arm.method, records[0]["input_ids"], settings, engines, static)
     rows = []
-    for temperature, repeat, index, record in manifest.progress(plan, len(plan), label):
+    for temperature, repeat, index, record in manifest.progress(plan, label):
         able = arms if temperature else greedy
         turn = (index + repeat) % len(able)
         for arm in able[turn:] + able[:turn]:
@@ -479,7 +475,7 @@ def marginals(
     rows: list[dict[str, object]] = []
     limits = {"max_new_tokens": 1 + (k + 1) * positions, "stop_tokens": target.stop_tokens}
     settings = Settings(k=k, temperature=temperature, **limits)
-    for index, prompt in enumerate(manifest.progress(texts, len(texts), "exact marginals")):
+    for index, prompt in enumerate(manifest.progress(texts, "exact marginals")):
         own = dataclasses.replace(settings, seed=seed + index)  # as `run` has it
         text = [*prompt, *autoregressive(target, prompt, own).tokens]
         ids = torch.tensor(text, device=target.device)
