@@ -535,25 +535,19 @@ def tree_times(target: Target, k: int, sizes: Sequence[int], context: int = 128,
     plans = {n: Plan("best_first", k, n, target.vocab_size, device=target.device) for n in sizes}
     for turn in range(repeats + 3):
         for n, plan in plans.items():
-            marks = [time.perf_counter()]
-
-            def mark() -> None:
-                if target.device.type == "cuda":
-                    torch.cuda.synchronize()
-                marks.append(time.perf_counter())  # noqa: B023
-
+            seconds = dict.fromkeys(("build_ms", "forward_ms", "walk_ms"), 0.0)
+            clock = decode._Clock(target.device, seconds)
             tree = plan(sampler.propose(plan)(logits, slice(0, k)))
-            mark()
+            clock.lap("build_ms")
             fed = torch.cat([ids[-1:], tree.tokens])
             scores = target.logits(decode._forward(target, fed, cache, tree.shape)[0])
-            mark()
+            clock.lap("forward_ms")
             sampler.verdict(tree, scores, plan)
-            mark()
+            clock.lap("walk_ms")
             cache.crop(context)
             if turn >= 3:
-                taken.append((n, *(1e3 * np.diff(marks))))
-    frame = pd.DataFrame(taken, columns=["nodes", "build_ms", "forward_ms", "walk_ms"])
-    return frame.groupby("nodes").median().reset_index()
+                taken.append({"nodes": n, **seconds})
+    return pd.DataFrame(taken).groupby("nodes").median().mul(1e3).reset_index()
 
 
 @torch.inference_mode()
