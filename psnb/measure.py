@@ -319,9 +319,8 @@ def _metrics(part: pd.DataFrame, method: str, k: int, baselines: dict, temperatu
         both = part.set_index(["prompt", "repeat"]).join(
             baselines[baseline, temperature][["tokens", "decode_s", "rate"]], rsuffix="_base", how="inner"
         ).reset_index()  # fmt: skip
-        both["one"] = 1.0
-        columns = ["tokens", "decode_s", "tokens_base", "decode_s_base", "rate", "rate_base", "one"]
-        t, s, t0, s0, rate, rate0, _ = by_prompt(both, both[columns].to_numpy(float)).T
+        columns = ["tokens", "decode_s", "tokens_base", "decode_s_base", "rate", "rate_base"]
+        t, s, t0, s0, rate, rate0 = by_prompt(both, both[columns].to_numpy(float)).T
         yield name, (t / s) / (t0 / s0), both["prompt"].nunique(), "x"
         if baseline == "plain":
             yield "speedup_mean_rate", rate / rate0, both["prompt"].nunique(), "x"
@@ -613,17 +612,12 @@ def cost_model(rows: pd.DataFrame) -> pd.DataFrame:
     """
     rows = rows[rows["task"] == "all"]
     shape = ["method", "tree", "k", "nodes", "temperature"]
-    wide = rows.pivot_table(index=shape, columns="metric", values="value")
     plain = rows[rows["method"] == "plain"].pivot_table(index="temperature", columns="metric", values="value")
-    made = []
-    for at, line in wide.dropna(subset=["tokens_per_step"]).iterrows():
-        temperature = at[-1]
-        plain_ms = plain.loc[temperature, ["verify_ms", "commit_ms", "host_ms"]].sum()
-        rest = line["commit_ms"] + line["host_ms"]
-        step = line["draft_ms"] + line["verify_ms"] + rest
-        made.append(
-            {**dict(zip(shape, at, strict=True)), "tokens_per_step": line["tokens_per_step"],
-                 "plain_ms": plain_ms, "draft_ms": line["draft_ms"], "verify_ms": line["verify_ms"], "rest_ms": rest,
-                 "measured": line["speedup_vs_plain"], "predicted": line["tokens_per_step"] * plain_ms / step}
-        )  # fmt: skip
-    return pd.DataFrame(made)
+    plain_ms = plain[["verify_ms", "commit_ms", "host_ms"]].sum(axis=1)
+    wide = rows.pivot_table(index=shape, columns="metric", values="value").dropna(subset=["tokens_per_step"])
+    made = wide.reset_index().rename_axis(columns=None).rename(columns={"speedup_vs_plain": "measured"})
+    made["plain_ms"], made["rest_ms"] = made["temperature"].map(plain_ms), made["commit_ms"] + made["host_ms"]
+    round_ms = made["draft_ms"] + made["verify_ms"] + made["rest_ms"]
+    made["predicted"] = made["tokens_per_step"] * made["plain_ms"] / round_ms
+    times = ["plain_ms", "draft_ms", "verify_ms", "rest_ms"]
+    return made[[*shape, "tokens_per_step", *times, "measured", "predicted"]]
