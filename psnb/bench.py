@@ -23,6 +23,7 @@ SHOWN = {
     "tokens_per_step": "tokens/step",
     "speedup_vs_plain": "x plain",
     "speedup_vs_hf": "x generate",
+    "first_token_ms": "first token, ms",
 }
 
 
@@ -101,12 +102,10 @@ def run(
 
 def table(found: dict[str, Any]) -> pd.DataFrame:
     """What `run` found, a line a way of decoding and temperature."""
-    rows = pd.DataFrame(found["rows"])
-    rows = rows.fillna({"tree": "", "k": 0, "nodes": 0})
+    rows = pd.DataFrame(found["rows"]).fillna({"tree": "", "k": 0, "nodes": 0})
     index = ["temperature", "method", "tree", "k", "nodes"]
     wide = rows.pivot_table(index=index, columns="metric", values="value", sort=False)
-    shown = {**SHOWN, "first_token_ms": "first token, ms"}
-    made = wide[[name for name in shown if name in wide]].rename(columns=shown).reset_index()
+    made = wide[[name for name in SHOWN if name in wide]].rename(columns=SHOWN).reset_index()
     low = rows[rows["metric"] == "tokens_per_second"]
     made.insert(6, "95 %", [f"{a:.1f} to {b:.1f}" for a, b in zip(low["low"], low["high"], strict=True)])
     return made.astype({"k": int, "nodes": int}).round(2)

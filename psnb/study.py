@@ -807,11 +807,8 @@ class Study:
 
     def training(self) -> pd.DataFrame:
         """All rows that trainings wrote: stage, step, tokens, metric, value."""
-        frames = []
-        for name in self.models:
-            path = self.checkpoint(name) / "training.csv"
-            if path.is_file():
-                frames.append(pd.read_csv(path).assign(stage=name))
+        files = {name: self.checkpoint(name) / "training.csv" for name in self.models}
+        frames = [pd.read_csv(path).assign(stage=name) for name, path in files.items() if path.is_file()]
         columns = ["stage", "step", "tokens", "metric", "value"]
         return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 
