@@ -247,21 +247,6 @@ def test_loss_and_gradient_equal_the_loss_written_out(kind, changes, logits, mon
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
 
 
-def test_parts_of_a_batch_add_up_with_the_streak():
-    target = toys.target()
-    drafter = toys.drafter("eagle-ps", target, streak_weight=0.5, keep=0.7)
-    batch = as_batch(toys.rows(4))
-    depth, anchor = groups.drop(23, drafter.masks, 0.7, 0.2, torch.Generator().manual_seed(0))
-    counts = torch.bincount(depth).tolist()
-    totals = train.tallies(drafter, batch, depth, anchor, counts)
-    parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
-
-    def loss(part, totals=None):
-        return train.group_loss(drafter, part, train.teacher(target, part), depth, anchor, counts, totals)[0]
-
-    torch.testing.assert_close(sum(loss(part, totals) for part in parts), loss(batch))
-
-
 def test_acceptance_equals_counting_by_hand():
     target = toys.target()
     drafter = toys.drafter("eagle-ps", target)
@@ -386,6 +371,7 @@ def test_every_option_trains(tmp_path):
         ({"loss_mask": torch.zeros(2, 24, dtype=torch.long)}, "mask selects nothing"),
         ({"document": torch.arange(24).expand(2, 24) // 2}, "more than 2 tokens"),
         ({"input_ids": torch.zeros(0, 24), "document": torch.zeros(0, 24)}, "rows are empty"),
+        ({"input_ids": torch.full((2, 24), toys.VOCAB)}, "token 61, the target has 61"),
     ],
 )
 def test_rows_that_teach_nothing_are_refused_before_the_first_step(change, message, tmp_path):
