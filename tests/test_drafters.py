@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from psnb import drafters, groups, train
 from psnb.cache import KVCache
 from psnb.errors import UserError
+from psnb.profile import FitSpec
 from psnb.target import as_batch
 from psnb.tree import Candidates, Plan
 
@@ -271,19 +272,17 @@ def test_acceptance_equals_counting_by_hand():
 @pytest.mark.parametrize("kind", toys.KINDS)
 def test_training_lowers_the_loss_and_round_trips(kind, tmp_path):
     target = toys.target()
-    spec = toys.drafter(kind, target).spec
+    spec = toys.drafter(kind, target, train=FitSpec(steps=60, rows=2, warmup=1)).spec
     lines = []
     arguments = {"seed": 0, "device": torch.device("cpu")}
-    train.train_drafter(
-        spec, target, toys.rows(), toys.rows(2, seed=5), tmp_path, log=lines.append, steps=60, **arguments
-    )
+    train.train_drafter(spec, target, toys.rows(), toys.rows(2, seed=5), tmp_path, log=lines.append, **arguments)
     loss = [row["value"] for row in lines if row["metric"] == "loss"]
     assert loss[-1] < loss[0]
     loaded = drafters.load(tmp_path, target)
     assert loaded.spec == spec
     again = tmp_path / "again"
     again.mkdir()
-    train.train_drafter(spec, target, toys.rows(), toys.rows(2, seed=5), again, steps=60, **arguments)
+    train.train_drafter(spec, target, toys.rows(), toys.rows(2, seed=5), again, **arguments)
     assert (again / "drafter.safetensors").read_bytes() == (tmp_path / "drafter.safetensors").read_bytes()
 
 
@@ -348,18 +347,9 @@ def test_slots_join_over_the_curriculum():
 def test_every_option_trains(tmp_path):
     target, lines = toys.target(), []
     options = {"curriculum": 0.6, "anchors": 0.5, "keep": 0.8, "taps": [1], "labels": "hard", "streak_weight": 0.1}
-    spec = toys.drafter("eagle-ps", target, **options).spec
-    train.train_drafter(
-        spec,
-        target,
-        toys.rows(),
-        toys.rows(2),
-        tmp_path,
-        seed=0,
-        device=torch.device("cpu"),
-        log=lines.append,
-        steps=40,
-    )
+    spec = toys.drafter("eagle-ps", target, train=FitSpec(steps=40, rows=2, warmup=1), **options).spec
+    how = {"seed": 0, "device": torch.device("cpu"), "log": lines.append}
+    train.train_drafter(spec, target, toys.rows(), toys.rows(2), tmp_path, **how)
     assert drafters.load(tmp_path, target).spec == spec
     seen = {row["metric"] for row in lines if row["step"] == 20}
     assert {"loss_0", "loss_2"} < seen and "loss_3" in {row["metric"] for row in lines if row["step"] == 40}
