@@ -23,6 +23,7 @@ SHOWN = {
     "tokens_per_step": "tokens/step",
     "speedup_vs_plain": "x plain",
     "speedup_vs_hf": "x generate",
+    "first_token_ms": "first token, ms",
 }
 
 
@@ -38,12 +39,8 @@ def arms(lengths: dict[str, int], nodes: int) -> list[Arm]:
 
 def spread(families: Sequence[str], count: int) -> list[int]:
     """Indices of `count` prompts, the families in turn: ["a", "a", "b"], 2 -> [0, 2]."""
-    place: dict[str, int] = {}
-    order = []
-    for index, family in enumerate(families):
-        place[family] = place.get(family, 0) + 1
-        order.append((place[family], index))
-    return [index for _, index in sorted(order)[:count]]
+    place = pd.Series(families).groupby(list(families)).cumcount()
+    return place.sort_values(kind="stable").index[:count].tolist()
 
 
 def run(
@@ -86,18 +83,10 @@ def run(
     seed = study.profile.seed
     runs = measure.run(target, drafters, chosen, arms=plan, seed=seed, label="bench", engines=engines, **budget)
     rows = measure.summary(runs, "bench")
-    first = runs.groupby([*ARM, "temperature"], sort=False)["prefill_s"].median().reset_index()
+    first = runs.groupby([*ARM, "temperature"], sort=False)["prefill_s"].median()
     lines = [
-        measure._row(
-            "bench",
-            [line[name] for name in ARM],
-            line["temperature"],
-            "first_token_ms",
-            1e3 * line["prefill_s"],
-            len(chosen),
-            "ms",
-        )
-        for line in first.to_dict("records")
+        measure._row("bench", arm, temperature, "first_token_ms", 1e3 * seconds, len(chosen), "ms")
+        for (*arm, temperature), seconds in first.items()
     ]
     return {
         "profile": study.profile.name,
@@ -113,12 +102,10 @@ def run(
 
 def table(found: dict[str, Any]) -> pd.DataFrame:
     """What `run` found, a line a way of decoding and temperature."""
-    rows = pd.DataFrame(found["rows"])
-    rows = rows.fillna({"tree": "", "k": 0, "nodes": 0})
+    rows = pd.DataFrame(found["rows"]).fillna({"tree": "", "k": 0, "nodes": 0})
     index = ["temperature", "method", "tree", "k", "nodes"]
     wide = rows.pivot_table(index=index, columns="metric", values="value", sort=False)
-    shown = {**SHOWN, "first_token_ms": "first token, ms"}
-    made = wide[[name for name in shown if name in wide]].rename(columns=shown).reset_index()
+    made = wide[[name for name in SHOWN if name in wide]].rename(columns=SHOWN).reset_index()
     low = rows[rows["metric"] == "tokens_per_second"]
     made.insert(6, "95 %", [f"{a:.1f} to {b:.1f}" for a, b in zip(low["low"], low["high"], strict=True)])
     return made.astype({"k": int, "nodes": int}).round(2)

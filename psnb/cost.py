@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
+from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from psnb import drafters as models
 from psnb.decode import Settings
@@ -52,16 +52,9 @@ def shape(name: str, device: torch.device, dtype: torch.dtype) -> Target:
         vocab_size=vocab,
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=False,
-        dtype=dtype,
     )
-    config._attn_implementation = "sdpa"
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with device:
-            model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    with device:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     return Target(model, types.SimpleNamespace(eos_token_id=None))
 
 

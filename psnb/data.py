@@ -1,7 +1,7 @@
 """Corpora and prompt sets become token rows: files -> documents -> tokens -> packed rows.
 
     files = environment_files(Path("constraints.txt"))
-    corpus = code_corpus(files, held_out=HELD_OUT)             # DatasetDict: train, held_out
+    corpus = code_corpus(files, held_out=["networkx"])         # DatasetDict: train, held_out
     tokenizer = train_tokenizer(sample_texts(corpus["train"], 60_000_000), vocab_size=5120)
     rows = pack(tokenize(corpus["train"], tokenizer), length=1024)
 
@@ -31,6 +31,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, List, Value, load_dataset
 from datasets.fingerprint import Hasher
+from packaging.utils import canonicalize_name
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -40,7 +41,6 @@ log = logging.getLogger(__name__)
 
 EOS = "<|endoftext|>"
 NEVER = ("pip", "setuptools", "wheel", "psnb")  # differ between machines, or are the study itself
-HELD_OUT = ("attrs", "jinja2", "jsonschema", "mistune", "networkx", "tornado", "websocket-client")  # no copies in train
 VENDOR_DIRS = ("_vendor", "vendored", "externals", "third_party")
 SHORTEST_WINDOW = 16
 
@@ -58,10 +58,6 @@ SPLIT = (
 # --- 1. files -----------------------------------------------------------------------------------------------------
 
 
-def _normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
-
-
 def _pins(constraints: Path) -> dict[str, str]:
     """{normalised name: public version} of the `name==version` lines; UserError if there are none."""
     try:
@@ -71,7 +67,7 @@ def _pins(constraints: Path) -> dict[str, str]:
     found = re.findall(r"^\s*([A-Za-z0-9][\w.-]*)(?:\[[^\]]*\])?\s*==\s*([^\s;#]+)", text, flags=re.MULTILINE)
     if not found:
         raise UserError(f"{constraints}: no `name==version` line; write it with `pip freeze`")
-    return {_normal(name): version.split("+")[0] for name, version in found}
+    return {canonicalize_name(name): version.split("+")[0] for name, version in found}
 
 
 def _standard_library(root: Path) -> Iterator[Path]:
@@ -80,7 +76,7 @@ def _standard_library(root: Path) -> Iterator[Path]:
         yield from (Path(folder, f) for f in sorted(files) if f.endswith(".py"))
 
 
-def environment_files(constraints: Path, exclude: Sequence[str] = ()) -> pd.DataFrame:
+def environment_files(constraints: Path) -> pd.DataFrame:
     """Python files of the pinned packages and the standard library, sorted by (package, path).
 
     Columns: package, version (without a local part such as `+cpu`), path (posix, relative to the install root), file
@@ -89,11 +85,10 @@ def environment_files(constraints: Path, exclude: Sequence[str] = ()) -> pd.Data
     Raises UserError for a constraints file that is missing or pins nothing.
     """
     pins = _pins(constraints)
-    skipped = {_normal(name) for name in (*NEVER, *exclude)}
     rows, mismatched, seen = [], {}, set()
     for dist in importlib.metadata.distributions():
-        name = _normal(dist.name)
-        if name in skipped or name not in pins or name in seen:  # the first on sys.path is the one that is imported
+        name = canonicalize_name(dist.name)
+        if name in NEVER or name not in pins or name in seen:  # the first on sys.path is the one that is imported
             continue
         seen.add(name)
         version = dist.version.split("+")[0]
@@ -102,13 +97,12 @@ def environment_files(constraints: Path, exclude: Sequence[str] = ()) -> pd.Data
         for entry in dist.files or ():
             if entry.suffix == ".py" and ".." not in entry.parts:  # `..` leads to scripts and shared data
                 rows.append((name, version, entry.as_posix(), str(dist.locate_file(entry))))
-    if "python" not in skipped:
-        root = Path(sysconfig.get_path("stdlib"))
-        # lib2to3 ships test data in old encodings; the generated build settings name the machine.
-        for file in _standard_library(root):
-            path = file.relative_to(root).as_posix()
-            if not path.startswith(("lib2to3/tests/", "config-", "_sysconfigdata")):
-                rows.append(("python", platform.python_version(), path, str(file)))
+    root = Path(sysconfig.get_path("stdlib"))
+    # lib2to3 ships test data in old encodings; the generated build settings name the machine.
+    for file in _standard_library(root):
+        path = file.relative_to(root).as_posix()
+        if not path.startswith(("lib2to3/tests/", "config-", "_sysconfigdata")):
+            rows.append(("python", platform.python_version(), path, str(file)))
     frame = pd.DataFrame(rows, columns=["package", "version", "path", "file"])
     frame = frame.drop_duplicates(["package", "path"]).sort_values(["package", "path"], ignore_index=True)
     frame.attrs["mismatched"] = mismatched
@@ -144,7 +138,7 @@ def code_corpus(
     packages are dropped. Without `train` the other packages are not read. Raises UserError for an empty corpus or a
     held-out package without files.
     """
-    wanted = {_normal(name) for name in held_out}
+    wanted = {canonicalize_name(name) for name in held_out}
     modules = {p.split("/")[0].removesuffix(".py") for p in files.path[files.package.isin(wanted)]}
     modules -= {"test", "tests", "docs", "examples"}
     columns = ("package", "version", "path", "text", "sha256")
@@ -189,69 +183,21 @@ def corpus_manifest(corpus: DatasetDict) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _runs(text: str, lines: int) -> np.ndarray:
-    """Hashes [runs] of every run of `lines` non-blank stripped lines with at least 15 characters a line on average."""
-    stripped = [line for line in map(str.strip, text.split("\n")) if line]
-    if len(stripped) < lines:
-        return np.zeros(0, np.uint64)
-    # hash() differs between processes, not within one.
-    hashes = np.fromiter((hash(line) & 0xFFFFFFFFFFFFFFFF for line in stripped), np.uint64, len(stripped))
-    sizes = np.fromiter(map(len, stripped), np.int64, len(stripped))
-    n = len(stripped) - lines + 1
-    code, size, base = np.zeros(n, np.uint64), np.zeros(n, np.int64), np.uint64(0x9E3779B97F4A7C15)
-    for i in range(lines):
-        code = code * base + hashes[i : i + n]
-        size += sizes[i : i + n]
-    return code[size >= 15 * lines]
-
-
-def near_copies(train: Dataset, held_out: Dataset, lines: int = 8) -> pd.DataFrame:
-    """How much of each held-out package stands in train: package, runs, share, top_package, top_share.
-
-    `runs` counts the package's distinct runs of `lines` non-blank stripped lines (of 15 characters on average at
-    least), `share` is the part of them found in train, `top_package` the train package that holds most of them.
-    """
-
-    def distinct(dataset: Dataset) -> dict[str, np.ndarray]:
-        runs: dict[str, list[np.ndarray]] = {}
-        for package, text in zip(dataset["package"], dataset["text"], strict=True):
-            runs.setdefault(package, []).append(_runs(text, lines))
-        return {package: np.unique(np.concatenate(parts)) for package, parts in sorted(runs.items())}
-
-    held = distinct(held_out)
-    every = np.unique(np.concatenate([*held.values()]))
-    copies = {name: np.intersect1d(runs, every, assume_unique=True) for name, runs in distinct(train).items()}
-    rows = []
-    for package, runs in held.items():
-        shared = {name: np.intersect1d(runs, other, assume_unique=True) for name, other in copies.items()}
-        top = max(shared, key=lambda name: len(shared[name]))
-        found, total = len(np.unique(np.concatenate([*shared.values()]))), max(len(runs), 1)
-        best = len(shared[top])
-        rows.append((package, len(runs), found / total, top if best else "", best / total))
-    return pd.DataFrame(rows, columns=["package", "runs", "share", "top_package", "top_share"])
-
-
 # --- 3. tokens ----------------------------------------------------------------------------------------------------
 
 
 def sample_texts(dataset: Dataset, max_bytes: int) -> Iterator[str]:
-    """About max_bytes of whole documents in the order of their sha256: a sample that does not depend on the machine."""
-    left = max_bytes
-    for index in np.argsort(np.array(dataset["sha256"])):
-        if left <= 0:
-            return
-        text = dataset[int(index)]["text"]
-        left -= len(text.encode())
-        yield text
+    """About max_bytes of whole texts, of a chat its turns as lines: a sample that does not depend on the machine.
 
-
-def sample_chats(dataset: Dataset, max_bytes: int) -> Iterator[str]:
-    """The words of the first records (load_records) of a shuffled set, a record's turns as lines: about max_bytes."""
+    Documents of code come in the order of their sha256, records (load_records), which are shuffled, as they stand.
+    """
+    if "sha256" in dataset.column_names:
+        dataset = dataset.select(np.argsort(np.array(dataset["sha256"])))
     left = max_bytes
     for record in dataset:
         if left <= 0:
             return
-        text = "\n".join([record["text"] or "", *(m["content"] for m in record["messages"] or ())])
+        text = "\n".join([record["text"] or "", *(m["content"] for m in record.get("messages") or ())])
         left -= len(text.encode())
         yield text
 
@@ -295,7 +241,7 @@ def _documents(texts: Sequence[str], tokenizer: PreTrainedTokenizerFast) -> list
     return [[*ids, tokenizer.eos_token_id] for ids in encode(texts, tokenizer)]
 
 
-def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, num_proc: int | None = None) -> Dataset:
+def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerFast) -> Dataset:
     """Adds `input_ids` (int32, the end-of-text id last) and drops `text`; the other columns stay.
 
     Special tokens spelt out inside a text are ordinary text: only a document's end has the end-of-text id.
@@ -308,7 +254,6 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerFast, num_proc: int
         lambda batch: {"input_ids": _documents(batch["text"], tokenizer)},
         batched=True,
         batch_size=200,  # some MB of text
-        num_proc=num_proc,
         remove_columns=["text"],
         features=features,
         desc="tokens",

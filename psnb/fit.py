@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from psnb import manifest
 from psnb.errors import UserError
-from psnb.profile import FitSpec
+from psnb.profile import FREE, FitSpec
 
 Batch = dict[str, Tensor]
 Metrics = dict[str, tuple[Tensor, Tensor]]  # name -> (sum, count): they add up over steps, parts and processes
 Row = dict[str, Any]  # one line of training.csv: step, tokens, metric, value
 Loss = Callable[[Batch, int, Any], tuple[Tensor, Metrics]]  # (part of the batch, step, counts of the whole batch)
-
-FREE = ("accumulate", "compile", "log_every", "evaluate_every", "save_every")  # may change when a run is resumed
 
 
 def batches(rows: Batch, size: int, steps: int, seed: int, start: int = 0) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -108,6 +108,14 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, obj: Any) -> None:
     """Writes `obj` as indented JSON, atomically. Raises DiskError."""
     write_text(path, json.dumps(obj, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What stands there; empty if nothing readable does."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
 
 
 def csv(frame: pd.DataFrame) -> str:
@@ -239,11 +247,7 @@ class RunManifest:
     path: Path
 
     def read(self) -> dict[str, Any]:
-        """What stands there; empty if there is none or it is not JSON."""
-        try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            return {}
+        return read_json(self.path)
 
     def start(self, **facts: Any) -> None:
         """A new manifest with status `running`. Raises DiskError."""
@@ -276,19 +280,17 @@ def live() -> bool:
     return "ipykernel" in sys.modules and front and "PSNB_NOTEBOOK" not in os.environ
 
 
-def progress(iterable: Iterable[T], total: int | None = None, label: str = "") -> Iterator[T]:
+def progress(items: Collection[T], label: str = "") -> Iterator[T]:
     """Passes the items on: with a bar for a person at a terminal or notebook, else with a line every few seconds."""
-    if total is None and hasattr(iterable, "__len__"):
-        total = len(iterable)
     if live() or sys.stderr.isatty():
         from tqdm.auto import tqdm
 
-        yield from tqdm(iterable, total=total, desc=label)
+        yield from tqdm(items, desc=label)
         return
     began = last = time.monotonic()
-    for done, item in enumerate(iterable, 1):
+    for done, item in enumerate(items, 1):
         yield item
         if time.monotonic() - last >= EVERY:
             last = time.monotonic()
-            left = f", {(last - began) * (total - done) / done:.0f} s left" if total else ""
-            say(f"{label}: {done}{f' of {total}' if total else ''}, {last - began:.0f} s{left}")
+            left = (last - began) * (len(items) - done) / done
+            say(f"{label}: {done} of {len(items)}, {last - began:.0f} s, {left:.0f} s left")

@@ -47,7 +47,6 @@ COLUMNS = [
     "unit",
 ]
 BASELINES = ("plain", "hf_generate", "hf_static")
-METHODS = (*BASELINES, "medusa", "eagle", "medusa-ps", "eagle-ps")
 ARM = ["method", "tree", "k", "nodes", "rule"]  # what tells one way of decoding from another
 TIE = 1e-4  # two best scores closer than this are a numeric tie (DESIGN, invariant 4)
 BOOTSTRAP = 1000
@@ -191,23 +190,18 @@ def run(
     static = StaticCache(target.config, target.context) if any(arm.method == "hf_static" for arm in arms) else None
     greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
-    place: dict[str, int] = {}
-    generated = set()
-    for record in records:
-        place[record["family"]] = place.get(record["family"], 0) + 1
-        if not hf_prompts or place[record["family"]] <= hf_prompts:
-            generated.add(record["id"])
+    families = pd.DataFrame(records)[["id", "family"]].groupby("family")
+    generated = set(families.head(hf_prompts or len(records))["id"])
     plan = [
         (temperature, repeat, index, record)
         for repeat, temperature in product(range(repeats), temperatures)
         for index, record in enumerate(records)
     ]
-    stop = (target.eos_token_id,) if target.eos_token_id is not None else ()
     for temperature, arm in product(temperatures if engines else (0.7,), arms):  # warm up, capture
         settings = arm.settings(max_new_tokens=6, temperature=temperature)
         generate(target, drafters, arm.method, records[0]["input_ids"], settings, engines, static)
     rows = []
-    for temperature, repeat, index, record in manifest.progress(plan, len(plan), label):
+    for temperature, repeat, index, record in manifest.progress(plan, label):
         able = arms if temperature else greedy
         turn = (index + repeat) % len(able)
         for arm in able[turn:] + able[:turn]:
@@ -217,7 +211,7 @@ def run(
                 temperature=temperature,
                 max_new_tokens=max_new_tokens,
                 seed=seed + 7919 * repeat + index,
-                stop_tokens=stop,
+                stop_tokens=target.stop_tokens,
             )
             made = generate(target, drafters, arm.method, record["input_ids"], settings, engines, static)
             drafted = arm.method not in BASELINES
@@ -331,9 +325,8 @@ def _metrics(part: pd.DataFrame, method: str, k: int, baselines: dict, temperatu
         both = part.set_index(["prompt", "repeat"]).join(
             baselines[baseline, temperature][["tokens", "decode_s", "rate"]], rsuffix="_base", how="inner"
         ).reset_index()  # fmt: skip
-        both["one"] = 1.0
-        columns = ["tokens", "decode_s", "tokens_base", "decode_s_base", "rate", "rate_base", "one"]
-        t, s, t0, s0, rate, rate0, _ = by_prompt(both, both[columns].to_numpy(float)).T
+        columns = ["tokens", "decode_s", "tokens_base", "decode_s_base", "rate", "rate_base"]
+        t, s, t0, s0, rate, rate0 = by_prompt(both, both[columns].to_numpy(float)).T
         yield name, (t / s) / (t0 / s0), both["prompt"].nunique(), "x"
         if baseline == "plain":
             yield "speedup_mean_rate", rate / rate0, both["prompt"].nunique(), "x"
@@ -514,9 +507,9 @@ def marginals(
     text, seen (is the root), sharpen and position (known tokens, the root included), with accepted, 0..k.
     """
     rows: list[dict[str, object]] = []
-    stop = (target.eos_token_id,) if target.eos_token_id is not None else ()
-    settings = Settings(k=k, temperature=temperature, max_new_tokens=1 + (k + 1) * positions, stop_tokens=stop)
-    for index, prompt in enumerate(manifest.progress(texts, len(texts), "exact marginals")):
+    limits = {"max_new_tokens": 1 + (k + 1) * positions, "stop_tokens": target.stop_tokens}
+    settings = Settings(k=k, temperature=temperature, **limits)
+    for index, prompt in enumerate(manifest.progress(texts, "exact marginals")):
         own = dataclasses.replace(settings, seed=seed + index)  # as `run` has it
         text = [*prompt, *autoregressive(target, prompt, own).tokens]
         ids = torch.tensor(text, device=target.device)
@@ -576,25 +569,19 @@ def tree_times(target: Target, k: int, sizes: Sequence[int], context: int = 128,
     plans = {n: Plan("best_first", k, n, target.vocab_size, device=target.device) for n in sizes}
     for turn in range(repeats + 3):
         for n, plan in plans.items():
-            marks = [time.perf_counter()]
-
-            def mark() -> None:
-                if target.device.type == "cuda":
-                    torch.cuda.synchronize()
-                marks.append(time.perf_counter())  # noqa: B023
-
+            seconds = dict.fromkeys(("build_ms", "forward_ms", "walk_ms"), 0.0)
+            clock = decode._Clock(target.device, seconds)
             tree = plan(sampler.propose(plan)(logits, slice(0, k)))
-            mark()
+            clock.lap("build_ms")
             fed = torch.cat([ids[-1:], tree.tokens])
             scores = target.logits(decode._forward(target, fed, cache, tree.shape)[0])
-            mark()
+            clock.lap("forward_ms")
             sampler.verdict(tree, scores, plan)
-            mark()
+            clock.lap("walk_ms")
             cache.crop(context)
             if turn >= 3:
-                taken.append((n, *(1e3 * np.diff(marks))))
-    frame = pd.DataFrame(taken, columns=["nodes", "build_ms", "forward_ms", "walk_ms"])
-    return frame.groupby("nodes").median().reset_index()
+                taken.append({"nodes": n, **seconds})
+    return pd.DataFrame(taken).groupby("nodes").median().mul(1e3).reset_index()
 
 
 @torch.inference_mode()
@@ -660,17 +647,12 @@ def cost_model(rows: pd.DataFrame) -> pd.DataFrame:
     """
     rows = rows[rows["task"] == "all"]
     shape = ["method", "tree", "k", "nodes", "temperature"]
-    wide = rows.pivot_table(index=shape, columns="metric", values="value")
     plain = rows[rows["method"] == "plain"].pivot_table(index="temperature", columns="metric", values="value")
-    made = []
-    for at, line in wide.dropna(subset=["tokens_per_step"]).iterrows():
-        temperature = at[-1]
-        plain_ms = plain.loc[temperature, ["verify_ms", "commit_ms", "host_ms"]].sum()
-        rest = line["commit_ms"] + line["host_ms"]
-        step = line["draft_ms"] + line["verify_ms"] + rest
-        made.append(
-            {**dict(zip(shape, at, strict=True)), "tokens_per_step": line["tokens_per_step"],
-                 "plain_ms": plain_ms, "draft_ms": line["draft_ms"], "verify_ms": line["verify_ms"], "rest_ms": rest,
-                 "measured": line["speedup_vs_plain"], "predicted": line["tokens_per_step"] * plain_ms / step}
-        )  # fmt: skip
-    return pd.DataFrame(made)
+    plain_ms = plain[["verify_ms", "commit_ms", "host_ms"]].sum(axis=1)
+    wide = rows.pivot_table(index=shape, columns="metric", values="value").dropna(subset=["tokens_per_step"])
+    made = wide.reset_index().rename_axis(columns=None).rename(columns={"speedup_vs_plain": "measured"})
+    made["plain_ms"], made["rest_ms"] = made["temperature"].map(plain_ms), made["commit_ms"] + made["host_ms"]
+    round_ms = made["draft_ms"] + made["verify_ms"] + made["rest_ms"]
+    made["predicted"] = made["tokens_per_step"] * made["plain_ms"] / round_ms
+    times = ["plain_ms", "draft_ms", "verify_ms", "rest_ms"]
+    return made[[*shape, "tokens_per_step", *times, "measured", "predicted"]]

@@ -61,7 +61,6 @@ PART_STYLES = {
 LABELS = {
     "tokens_per_step": "tokens per target step (own token included)",
     "speedup_vs_plain": "speedup over plain decoding (x)",
-    "speedup_vs_hf": "speedup over transformers' generate (x)",
     "accept_cond": "P(slot i accepted | slots before it accepted)",
     "accept_uncond": "P(slots 0..i all accepted)",
 }
@@ -500,22 +499,22 @@ def draft_tree(one: decode.Round, tokenizer: Any) -> Figure:
 
 
 @_themed
-def speedups(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
+def speedups(summary: pd.DataFrame) -> Figure:
     """One bar a method (at its best k) and temperature, over the whole prompt set, with 95 % intervals."""
-    rows = pick(at_best(summary), metric, task="all").sort_values("temperature")
+    rows = pick(at_best(summary), "speedup_vs_plain", task="all").sort_values("temperature")
     rows = rows[rows.method != "plain"].assign(at=lambda r: r.temperature.map("T = {:g}".format))
     figure, axes = _axes(1, width=8, height=3.8)
     _bars(axes[0, 0], rows, "at", "value")
-    axes[0, 0].set(ylabel=LABELS[metric])
+    axes[0, 0].set(ylabel=LABELS["speedup_vs_plain"])
     axes[0, 0].axhline(1, color="black", lw=1)
     _legend_right(axes[0, 0])
     return figure
 
 
 @_themed
-def per_task(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
+def per_task(summary: pd.DataFrame) -> Figure:
     """One panel a temperature: a bar a method (at its best k) and task family."""
-    rows = pick(at_best(summary), metric)
+    rows = pick(at_best(summary), "speedup_vs_plain")
     rows = rows[(rows.task != "all") & ~rows.method.isin(BASELINES)]
     temperatures = sorted(rows.temperature.unique())
     figure, axes = _axes(1, rows=len(temperatures) or 1, width=9, height=2.5, sharex=True, sharey=True)
@@ -527,7 +526,7 @@ def per_task(summary: pd.DataFrame, metric: str = "speedup_vs_plain") -> Figure:
         _legend_right(axes[0, 0], *axes[1:, 0])
     else:
         _nothing(axes[0, 0])
-    figure.supylabel(LABELS[metric], fontsize=10)
+    figure.supylabel(LABELS["speedup_vs_plain"], fontsize=10)
     return figure
 
 
@@ -733,11 +732,10 @@ def coloured(generation: Generation, tokenizer: Any) -> HTML:
 # --- explorer -------------------------------------------------------------------------------------------------------
 
 
-def explore(target: Any, drafter: Any, name: str, prompt: str, k: int, temperature: float, length: int = 64) -> HTML:
+def explore(target: Any, drafter: Any, name: str, prompt: str, k: int, temperature: float) -> HTML:
     """Generate from a prompt and show the coloured text with its time."""
     ids = target.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    stop = () if target.eos_token_id is None else (target.eos_token_id,)
-    settings = decode.Settings(k=k, temperature=temperature, max_new_tokens=length, stop_tokens=stop)
+    settings = decode.Settings(k=k, temperature=temperature, max_new_tokens=64, stop_tokens=target.stop_tokens)
     result = decode.speculative(target, drafter, ids, settings)
     seconds = result.decode_seconds
     speed = (len(result.tokens) - 1) / seconds if seconds else 0.0  # the first token belongs to the prefill

@@ -34,6 +34,10 @@ class FitSpec:
     save_every: int = 200  # steps after which a killed run can go on
 
 
+# Of a training budget what changes nothing in what is trained: it may be another when a run is resumed.
+FREE = ("accumulate", "compile", "log_every", "evaluate_every", "save_every")
+
+
 @dataclass(frozen=True)
 class DataSpec:
     """Where text comes from. `source` = "code" (this environment's Python), or chats: JSONL files or hub data sets.
@@ -157,17 +161,14 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # only `X | None` occurs
         return _convert(args[0], value, where)
+    kind = dict if dataclasses.is_dataclass(hint) else origin
+    if kind in (dict, list) and not isinstance(value, kind):
+        raise UserError(f"{where}: a {'table' if kind is dict else 'list'} is wanted, not {value!r}")
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: a table is wanted, not {value!r}")
         return _build(hint, value, where)
     if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{where}: a table is wanted, not {value!r}")
         return {k: _convert(args[1], v, f"{where}.{k}") for k, v in value.items()} if args[1] is not Any else value
     if origin is list:
-        if not isinstance(value, list):
-            raise UserError(f"{where}: a list is wanted, not {value!r}")
         return [_convert(args[0], v, where) for v in value]
     if hint is Any:
         return value

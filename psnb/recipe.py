@@ -113,12 +113,10 @@ def text(
     if not prompts:
         raise UserError(f"no row begins with a document of {prefix} tokens, and none holds a chat: lower prefix")
     how = {"length": ROW, "temperature": temperature, "seed": seed, "graph": graph}
-    more = write(target, prompts, range(len(prompts)), length - max(map(len, prompts)), **how).tolist()
+    more = write(target, prompts, range(len(prompts)), length - max(map(len, prompts)), **how)
     made = {"input_ids": torch.zeros(len(prompts), length, dtype=torch.long)}
     made["document"] = torch.full_like(made["input_ids"], -1)
     for r, (prompt, after) in enumerate(zip(prompts, more, strict=True)):
-        if target.eos_token_id in after:
-            after = after[: after.index(target.eos_token_id) + 1]
         whole = torch.tensor(prompt + after)
         made["input_ids"][r, : len(whole)], made["document"][r, : len(whole)] = whole, 0
     return made | {"prefix": torch.tensor([len(prompt) for prompt in prompts])}

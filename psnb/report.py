@@ -271,12 +271,12 @@ def drafting_goals(summary: pd.DataFrame, gpu: bool = False) -> dict[str, Goal]:
     return made
 
 
-def goals(summary: pd.DataFrame, gpu: bool = False, k: int = 5, dtype: str = "float32") -> pd.DataFrame:
+def goals(summary: pd.DataFrame, gpu: bool = False, dtype: str = "float32") -> pd.DataFrame:
     """What the study set out to show, on a CPU or on a GPU: goal, wanted, measured (95 % interval), met (see `met`).
 
     `dtype` is the format in which the study's target was compared with plain decoding.
     """
-    counts, at = lossless(summary), best(summary, MIDDLE)
+    counts, at, k = lossless(summary), best(summary, MIDDLE), 5
     same_k = pick(with_k(summary), stage=LENGTHS, task="all", temperature=MIDDLE, k=k, tree="chain")
 
     def versus(rows: pd.DataFrame, metric: str) -> Found:
@@ -448,15 +448,15 @@ def rows(stage: str, lines: Sequence[dict[str, Any]]) -> pd.DataFrame:
     return pd.DataFrame(lines, columns=COLUMNS).assign(stage=stage)
 
 
-def draft_time_rows(times: pd.DataFrame, stage: str = DRAFT_TIMES) -> pd.DataFrame:
+def draft_time_rows(times: pd.DataFrame) -> pd.DataFrame:
     """What `measure.draft_times` measured, in the columns of summary.csv."""
     named = times.rename(columns={"draft_ms": "value"}).assign(
         tree="chain", nodes=times.k, metric="draft_ms", unit="ms"
     )
-    return rows(stage, named.to_dict("records"))
+    return rows(DRAFT_TIMES, named.to_dict("records"))
 
 
-def tree_time_rows(times: pd.DataFrame, stage: str = LOSSLESS) -> pd.DataFrame:
+def tree_time_rows(times: pd.DataFrame) -> pd.DataFrame:
     """What `measure.tree_times` measured, in the columns of summary.csv: tree_ms (build and follow) and forward_ms."""
     lines = [
         {"method": "plain", "tree": "best_first", "nodes": line["nodes"], "task": "all", "metric": metric, "unit": "ms"}
@@ -464,7 +464,7 @@ def tree_time_rows(times: pd.DataFrame, stage: str = LOSSLESS) -> pd.DataFrame:
         for line in times.to_dict("records")
         for metric in ("tree_ms", "forward_ms")
     ]
-    return rows(stage, lines)
+    return rows(LOSSLESS, lines)
 
 
 def training_rows(training: pd.DataFrame, stage: str) -> pd.DataFrame:

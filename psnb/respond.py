@@ -57,8 +57,8 @@ def write(
     temperature: float,
     seed: int,
     graph: bool = False,
-) -> Tensor:
-    """What the target writes after each of B prompts, all at once: [B, up to `new`]; past an end token it is noise.
+) -> list[list[int]]:
+    """What the target writes after each of B prompts, all at once: `new` tokens, or fewer where it ends, end included.
 
     rows: B numbers that name the prompts' noise; `length` is more than any position. Shorter prompts are padded on the
     left, where nothing looks. The K/V cache is static, and with `graph` (a GPU) a token is one CUDA graph: no wait for
@@ -105,8 +105,9 @@ def write(
             run = captured.replay
         run()
         if count % LOOK == 0 and (written[:, : count + 1] == end).any(1).all():
-            return written[:, : count + 1]
-    return written
+            break
+    texts = written[:, : int(done)].tolist()
+    return [text[: text.index(end) + 1] if end in text else text for text in texts]
 
 
 def respond(
@@ -144,9 +145,7 @@ def respond(
         chosen = [prompts[i] for i in group]
         new = length - len(chosen[-1])
         how = {"length": length, "temperature": temperature, "seed": seed, "graph": graph}
-        for i, prompt, more in zip(group, chosen, write(target, chosen, group, new, **how).tolist(), strict=True):
-            if target.eos_token_id in more:
-                more = more[: more.index(target.eos_token_id) + 1]
+        for i, prompt, more in zip(group, chosen, write(target, chosen, group, new, **how), strict=True):
             texts[i] = prompt + more, len(more)
     lists = [texts[i] for i in range(len(prompts))]
     selected = [[0] * (len(text) - count) + [1] * count for text, count in lists]

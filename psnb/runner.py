@@ -18,9 +18,9 @@ import pandas as pd
 
 from psnb import manifest
 from psnb.errors import UserError
-from psnb.manifest import digest, say
+from psnb.manifest import digest, read_json, say
 from psnb.profile import Profile, nearest
-from psnb.study import DATA, FORMAT, SPLITS, Study, code, read_json, stage_facts
+from psnb.study import DATA, FORMAT, SPLITS, Study, code, stage_facts
 
 CORE_FLOPS = 5e10  # a second, reached while training by a core. For cost hints only, as the next
 GPU_FLOPS = 4e11  # the same by a data-centre GPU, for each of the first 1,024 of the target's width

@@ -19,7 +19,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import io
-import json
 import os
 import re
 import shutil
@@ -37,8 +36,8 @@ import pandas as pd
 
 from psnb import manifest, profile
 from psnb.errors import UserError
-from psnb.manifest import digest, say
-from psnb.profile import FitSpec, Profile, nearest
+from psnb.manifest import digest, read_json, say
+from psnb.profile import FREE, FitSpec, Profile, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -52,13 +51,6 @@ DATA = ("corpus", "tokenizer", "tokens", "rows", "prompts")
 SPLITS = ("train", "held_out")
 TRAINED_ON = ("source", "split", "packages", "held_out", "vocab_size", "length")  # of [data]: what weights depend on
 ANSWERED = ("responses", "prefix", "response_temperature", "response_rows")  # what drafters' weights depend on beside
-UNSEEN = (
-    "accumulate",
-    "compile",
-    "log_every",
-    "evaluate_every",
-    "save_every",
-)  # of a training budget: what changes nothing in what is trained
 MEASURING = (  # the sources that a measured number comes from
     *("joined.py", "target.py", "groups.py", "drafters/*.py", "cache.py", "tree.py", "verify.py", "decode.py"),
     "measure.py",
@@ -93,7 +85,7 @@ def _seen(spec: Any) -> dict[str, Any]:
     """A target's or drafter's spec without what changes nothing in the weights."""
     found = manifest.plain(spec)
     if "train" in found:
-        found["train"] = {k: v for k, v in found["train"].items() if k not in UNSEEN}
+        found["train"] = {k: v for k, v in found["train"].items() if k not in FREE}
     return found
 
 
@@ -115,14 +107,6 @@ def _tracked(folder: Path) -> bool:
         return bool(subprocess.run(words, capture_output=True).stdout)
     except OSError:  # no git here
         return False
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What stands there; empty if nothing readable does."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def stage_facts(folder: Path) -> dict[str, Any]:
@@ -426,12 +410,8 @@ class Study:
     def _train_tokenizer(self, folder: Path) -> dict[str, Any]:
         from psnb import data
 
-        train, spec = self.corpus()["train"], self.profile.data
-        if spec.source == "code":
-            texts = data.sample_texts(train, TOKENIZER_BYTES)
-        else:
-            texts = data.sample_chats(train, TOKENIZER_BYTES)
-        tokenizer = data.train_tokenizer(texts, spec.vocab_size)
+        spec = self.profile.data
+        tokenizer = data.train_tokenizer(data.sample_texts(self.corpus()["train"], TOKENIZER_BYTES), spec.vocab_size)
         if spec.source != "code":
             tokenizer.chat_template = data.CHAT_TEMPLATE
         tokenizer.save_pretrained(folder)
@@ -827,11 +807,8 @@ class Study:
 
     def training(self) -> pd.DataFrame:
         """All rows that trainings wrote: stage, step, tokens, metric, value."""
-        frames = []
-        for name in self.models:
-            path = self.checkpoint(name) / "training.csv"
-            if path.is_file():
-                frames.append(pd.read_csv(path).assign(stage=name))
+        files = {name: self.checkpoint(name) / "training.csv" for name in self.models}
+        frames = [pd.read_csv(path).assign(stage=name) for name, path in files.items() if path.is_file()]
         columns = ["stage", "step", "tokens", "metric", "value"]
         return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
 

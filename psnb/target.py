@@ -82,6 +82,11 @@ class Target:
     def dtype(self) -> torch.dtype:
         return self.model.dtype
 
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """What ends a generation: the end token, where there is one."""
+        return () if self.eos_token_id is None else (self.eos_token_id,)
+
     def features(
         self, ids: Tensor, position_ids: Tensor, mask: Mask, cache: Any = None, taps: Sequence[int] = ()
     ) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -351,19 +350,17 @@ def train_drafter(
     device: torch.device,
     log: Callable[[Row], None] = lambda row: None,
     warm_start_from: Path | None = None,
-    steps: int | None = None,
     state: Path | None = None,
 ) -> None:
     """Train a drafter on packed rows (data.pack); write it, spec.json and training.csv to `folder`.
 
-    `steps` overrides the budget (the notebooks' live run). The target is frozen; its features are computed on the fly.
+    The target is frozen; its features are computed on the fly.
     A run that was killed goes on from what stands in `state`.
     Raises `UserError` before the first step for rows from which nothing can be learned.
     """
     Path(folder).mkdir(parents=True, exist_ok=True)
     if spec.train is None:
         raise UserError(f"drafter {spec.kind}: the profile gives no training budget (drafters.*.train)")
-    budget = spec.train if steps is None else dataclasses.replace(spec.train, steps=steps)
     held, rows = as_batch(held_out), as_batch(rows, device)
     check_rows(rows, target.vocab_size, target.context, ahead=2)
     torch.manual_seed(seed)
@@ -374,7 +371,7 @@ def train_drafter(
 
     @functools.lru_cache(maxsize=1)  # `count` and each part of the step's batch ask for the same
     def layout(step: int) -> tuple[Tensor, Tensor, list[int]]:
-        masks = masks_at(drafter, step - 1, budget.steps)
+        masks = masks_at(drafter, step - 1, spec.train.steps)
         draws = generator(seed, step)
         depth, anchor = groups.drop(n - 1, masks, spec.keep, spec.keep_min, draws, spec.anchors)
         there = (part.to(device, non_blocking=True) for part in (depth, anchor))  # the host goes on
@@ -391,12 +388,12 @@ def train_drafter(
             metrics |= {f"loss_{slot}": (nats, rows), f"match_{slot}": (matches, rows)}
         return value, metrics
 
-    with compiled_layers([target.model.base_model, *drafter.children()], budget, device):
+    with compiled_layers([target.model.base_model, *drafter.children()], spec.train, device):
         lines = fit(
             drafter,
             loss,
             rows,
-            budget,
+            spec.train,
             count=count,
             seed=seed,
             device=device,

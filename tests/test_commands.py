@@ -68,6 +68,7 @@ def refused(capsys, *arguments, code=2):
             "02_second does not run 01_fir",
         ),
         (["run", "--profile", "toy.toml", "--only", "eagle", "-p", "01_first.n=3"], "-p 01_first.n: --only eagle does"),
+        (["bench", "--profile", "toy.toml", "--methods", "eagel"], "unknown drafter 'eagel'; did you mean eagle"),
         (["report", "--profile", "toy.toml"], "not run yet: 01_first, 02_second; `psnb run"),
     ],
 )
@@ -393,19 +394,9 @@ def test_bare_psnb_prints_the_help(capsys):
     assert "examples:" in (told := capsys.readouterr().err) and "error" not in told
 
 
-def test_errors_inside_are_user_errors(toy):
-    with pytest.raises(UserError, match="unknown stage"):
-        runner.run("toy.toml", only="x")
-
-
 def test_a_profile_may_run_some_notebooks_alone():
     study = Study.open("shapes")
     assert list(runner.notebooks(study)) == ["07_cost"]
     wrong = dataclasses.replace(study, profile=dataclasses.replace(study.profile, stages=["07_costs"]))
     with pytest.raises(UserError, match=r"profile shapes: unknown notebook '07_costs' in stages.*07_cost"):
         runner.notebooks(wrong)
-
-
-def test_bench_refuses_a_drafter_that_the_profile_lacks():
-    made = psnb("bench", "--methods", "eagel")
-    assert made.returncode == 2 and "unknown drafter 'eagel'" in made.stderr and "eagle" in made.stderr

@@ -53,7 +53,6 @@ def test_environment_files_are_those_of_the_pins(tmp_path):
     assert "json/decoder.py" in set(files.path[files.package == "python"])
     assert not files.path.str.contains("site-packages|^/|\\.\\.").any()
     assert list(zip(files.package, files.path, strict=True)) == sorted(zip(files.package, files.path, strict=True))
-    assert set(data.environment_files(pins, exclude=["ATTRS", "python"]).package) == {"jinja2"}
 
 
 def test_constraints_without_pins_are_refused(tmp_path):
@@ -110,23 +109,6 @@ def test_empty_corpus_and_unknown_held_out_package_are_refused(toy):
         data.code_corpus(toy, held_out=["alpha", "beta", "gamma"])
     with pytest.raises(UserError, match="delta"):
         data.code_corpus(toy, held_out=["delta"])
-
-
-def test_near_copies_counts_shared_runs():
-    def lines(letters):
-        return "\n\n".join(f"    a line of code that is long enough: {letter}" for letter in letters)
-
-    held = Dataset.from_dict({"package": ["held", "clean"], "text": [lines("abcdefghij"), lines("0123456789")]})
-    train = Dataset.from_dict(
-        {
-            "package": ["copy", "copy", "less", "turned"],
-            "text": [lines("xbcdefghiy"), lines("abc"), lines("-cdefghij-"), lines("jihgfedcba9876543210")],
-        }
-    )
-    found = data.near_copies(train, held, lines=4).set_index("package")
-    # held has the runs abcd .. ghij; copy has bcde .. fghi (5 of 7), less has cdef .. ghij (5 of 7), together 6.
-    assert list(found.loc["held"]) == [7, 6 / 7, "copy", 5 / 7]
-    assert list(found.loc["clean"]) == [7, 0.0, "", 0.0]
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------
@@ -331,8 +313,8 @@ def test_long_refused_and_silent_chats_are_counted(chatty):
 
 def test_a_sample_of_chats_ends_behind_its_bytes():
     some = records(CHAT[1:3], CHAT, texts=["x" * 10, "y"])
-    assert list(data.sample_chats(some, 10**6)) == ["\nHi\nHello.", "\nBe brief.\nHi\nHello.\n1+1?\n2", "x" * 10, "y"]
-    assert [len(text) for text in data.sample_chats(some, 11)] == [10, 27]
+    assert list(data.sample_texts(some, 10**6)) == ["\nHi\nHello.", "\nBe brief.\nHi\nHello.\n1+1?\n2", "x" * 10, "y"]
+    assert [len(text) for text in data.sample_texts(some, 11)] == [10, 27]
 
 
 def test_sharegpt_records(tmp_path):

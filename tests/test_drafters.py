@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from psnb import drafters, groups, train
 from psnb.cache import KVCache
 from psnb.errors import UserError
+from psnb.profile import FitSpec
 from psnb.target import as_batch
 from psnb.tree import Candidates, Plan
 
@@ -247,21 +248,6 @@ def test_loss_and_gradient_equal_the_loss_written_out(kind, changes, logits, mon
         torch.testing.assert_close(mine, reference, rtol=1e-4, atol=1e-6)
 
 
-def test_parts_of_a_batch_add_up_with_the_streak():
-    target = toys.target()
-    drafter = toys.drafter("eagle-ps", target, streak_weight=0.5, keep=0.7)
-    batch = as_batch(toys.rows(4))
-    depth, anchor = groups.drop(23, drafter.masks, 0.7, 0.2, torch.Generator().manual_seed(0))
-    counts = torch.bincount(depth).tolist()
-    totals = train.tallies(drafter, batch, depth, anchor, counts)
-    parts = [{name: tensor[rows] for name, tensor in batch.items()} for rows in (slice(0, 1), slice(1, 4))]
-
-    def loss(part, totals=None):
-        return train.group_loss(drafter, part, train.teacher(target, part), depth, anchor, counts, totals)[0]
-
-    torch.testing.assert_close(sum(loss(part, totals) for part in parts), loss(batch))
-
-
 def test_acceptance_equals_counting_by_hand():
     target = toys.target()
     drafter = toys.drafter("eagle-ps", target)
@@ -286,19 +272,17 @@ def test_acceptance_equals_counting_by_hand():
 @pytest.mark.parametrize("kind", toys.KINDS)
 def test_training_lowers_the_loss_and_round_trips(kind, tmp_path):
     target = toys.target()
-    spec = toys.drafter(kind, target).spec
+    spec = toys.drafter(kind, target, train=FitSpec(steps=60, rows=2, warmup=1)).spec
     lines = []
     arguments = {"seed": 0, "device": torch.device("cpu")}
-    train.train_drafter(
-        spec, target, toys.rows(), toys.rows(2, seed=5), tmp_path, log=lines.append, steps=60, **arguments
-    )
+    train.train_drafter(spec, target, toys.rows(), toys.rows(2, seed=5), tmp_path, log=lines.append, **arguments)
     loss = [row["value"] for row in lines if row["metric"] == "loss"]
     assert loss[-1] < loss[0]
     loaded = drafters.load(tmp_path, target)
     assert loaded.spec == spec
     again = tmp_path / "again"
     again.mkdir()
-    train.train_drafter(spec, target, toys.rows(), toys.rows(2, seed=5), again, steps=60, **arguments)
+    train.train_drafter(spec, target, toys.rows(), toys.rows(2, seed=5), again, **arguments)
     assert (again / "drafter.safetensors").read_bytes() == (tmp_path / "drafter.safetensors").read_bytes()
 
 
@@ -363,18 +347,9 @@ def test_slots_join_over_the_curriculum():
 def test_every_option_trains(tmp_path):
     target, lines = toys.target(), []
     options = {"curriculum": 0.6, "anchors": 0.5, "keep": 0.8, "taps": [1], "labels": "hard", "streak_weight": 0.1}
-    spec = toys.drafter("eagle-ps", target, **options).spec
-    train.train_drafter(
-        spec,
-        target,
-        toys.rows(),
-        toys.rows(2),
-        tmp_path,
-        seed=0,
-        device=torch.device("cpu"),
-        log=lines.append,
-        steps=40,
-    )
+    spec = toys.drafter("eagle-ps", target, train=FitSpec(steps=40, rows=2, warmup=1), **options).spec
+    how = {"seed": 0, "device": torch.device("cpu"), "log": lines.append}
+    train.train_drafter(spec, target, toys.rows(), toys.rows(2), tmp_path, **how)
     assert drafters.load(tmp_path, target).spec == spec
     seen = {row["metric"] for row in lines if row["step"] == 20}
     assert {"loss_0", "loss_2"} < seen and "loss_3" in {row["metric"] for row in lines if row["step"] == 40}
@@ -386,6 +361,7 @@ def test_every_option_trains(tmp_path):
         ({"loss_mask": torch.zeros(2, 24, dtype=torch.long)}, "mask selects nothing"),
         ({"document": torch.arange(24).expand(2, 24) // 2}, "more than 2 tokens"),
         ({"input_ids": torch.zeros(0, 24), "document": torch.zeros(0, 24)}, "rows are empty"),
+        ({"input_ids": torch.full((2, 24), toys.VOCAB)}, "token 61, the target has 61"),
     ],
 )
 def test_rows_that_teach_nothing_are_refused_before_the_first_step(change, message, tmp_path):

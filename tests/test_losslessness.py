@@ -29,7 +29,7 @@ def shapes(drafter):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
-@pytest.mark.parametrize("kind", list(drafters.KINDS))
+@pytest.mark.parametrize("kind", toys.KINDS)
 def test_every_drafter_and_tree_gives_the_tokens_of_plain_decoding(kind, temperature):
     target = toys.target(torch.float64)
     drafter, accepted = toys.drafter(kind, target), 0

@@ -161,7 +161,7 @@ def test_engines_of_a_gpu_are_compiled_as_asked(compiled, monkeypatch):
         return lambda method, prompt, settings: decode.autoregressive(of, prompt, settings)
 
     monkeypatch.setattr(measure, "Engines", engines)
-    target = SimpleNamespace(device=torch.device("cuda"), eos_token_id=None)
+    target = SimpleNamespace(device=torch.device("cuda"), stop_tokens=())
     budget = {"arms": measure.chains({"plain": [0]}), "temperatures": [0.7], "max_new_tokens": 8}
     runs = measure.run(target, {}, prompts(), compiled=compiled, **budget)
     assert made == [{"compile_layers": compiled}] and len(runs) == 4

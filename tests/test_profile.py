@@ -28,10 +28,6 @@ def test_the_longer_study_takes_over_what_the_shorter_one_made():
         assert full.steps > 5 * brief.steps and (one.kind, one.layers) == (other.kind, other.layers)
 
 
-def test_names():
-    assert {"smoke", "embedded"} <= set(profile.names())
-
-
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -125,7 +125,10 @@ class Drafter(nn.Module):
 
 
 class Layers(nn.Module):
-    """Decoder layers of the target's width, with RoPE and a final norm: the body of every attentive drafter."""
+    """Decoder layers of the target's width, with RoPE and a final norm: the body of every attentive drafter.
+
+    The norm starts at the target's own, so that the rows have the scale of features.
+    """
 
     def __init__(self, count: int, target: Target) -> None:
         super().__init__()
@@ -149,6 +152,9 @@ class Layers(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
+        vectors = [getattr(part, "weight", None) for part in target.model.base_model.children()]
+        if norms := [w for w in vectors if isinstance(w, Tensor) and w.ndim == 1]:
+            self.norm.weight.data.copy_(norms[-1].data)
 
     def forward(self, hidden: Tensor, place: Tensor, mask: Mask | None, cache: Any = None) -> Tensor:
         """hidden [B, R, H], place [B, R], mask bool [B, 1, R, keys], the rows of groups, or None (all keys).
@@ -166,14 +172,3 @@ class Layers(nn.Module):
         if isinstance(mask, Tensor) and mask.dtype == torch.bool:
             mask = groups.for_few(mask[:, 0], self.shared, hidden.dtype)
         return self(hidden, place, mask, cache)
-
-
-def start_norm(layers: Layers, target: Target) -> None:
-    """Start the drafter's final norm at the target's own, so that its rows have the scale of features."""
-    norms = [
-        m
-        for m in target.model.base_model.children()
-        if isinstance(getattr(m, "weight", None), Tensor) and m.weight.ndim == 1
-    ]
-    if norms:
-        layers.norm.weight.data.copy_(norms[-1].weight.data)

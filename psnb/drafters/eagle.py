@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from psnb.drafters.base import Choose, Drafter, Layers, Mask, gather, start_norm
+from psnb.drafters.base import Choose, Drafter, Layers, Mask, gather
 from psnb.profile import DrafterSpec
 from psnb.target import Target
 from psnb.tree import Plan, Shape, Tree, ancestry
@@ -27,7 +27,6 @@ class Eagle(Drafter):
         self.fc = nn.Linear(2 * target.hidden_size, target.hidden_size, bias=False)
         nn.init.normal_(self.fc.weight, std=0.02)
         self.body = Layers(spec.layers, target)
-        start_norm(self.body, target)
 
     def fuse(self, features: Tensor, next_ids: Tensor) -> Tensor:
         """features [B, m, H], next_ids [B, m] -> the real rows' inputs [B, m, H]."""

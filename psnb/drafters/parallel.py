@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from psnb.drafters.base import Choose, Drafter, Layers, Link, Mask, gather, start_norm
+from psnb.drafters.base import Choose, Drafter, Layers, Link, Mask, gather
 from psnb.drafters.eagle import Eagle
 from psnb.profile import DrafterSpec
 from psnb.target import Target
@@ -134,7 +134,6 @@ class EaglePS(Parallel):
         count = (spec.k - 1) if spec.mask_mode == "distinct" else min(1, spec.k - 1)
         self.mask_pair = nn.Parameter(torch.randn(count, width) * 0.02)  # [m_i; h_i]
         self.body = Layers(spec.layers, target)
-        start_norm(self.body, target)
 
     @property
     def masks(self) -> int:
@@ -165,7 +164,6 @@ class MedusaPS(Parallel):
             with torch.no_grad():
                 self.mix.weight.zero_()[:, -width:].fill_diagonal_(1.0)
         self.body = Layers(spec.layers, target)
-        start_norm(self.body, target)
 
     @property
     def masks(self) -> int:
