@@ -64,6 +64,14 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
+def _make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+        cure = "give a folder, or a place where one can be made"
+        raise DiskError(f"cannot write {path}: {path.parent} is no folder; {cure}") from error
+
+
 def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
@@ -81,13 +89,18 @@ def _sweep(path: Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`: renamed over it at success, removed at failure. Raises DiskError."""
+    """A temporary name beside `path`: renamed over it at success, removed at failure. Raises DiskError.
+
+    A folder is replaced by a folder alone.
+    """
     with _explained(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(path)
         _sweep(path)
         temporary = _temporary(path)
         try:
             yield temporary
+            if path.is_dir() and not temporary.is_dir():
+                raise DiskError(f"cannot write {path}: a folder stands there; give the name of a file")
             if path.is_dir():  # a folder cannot be renamed over a full one
                 old = temporary.with_name(f".{path.name}.old.{os.getpid()}.tmp")
                 os.replace(path, old)
@@ -97,6 +110,16 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.replace(temporary, path)
         finally:
             _remove(temporary)
+
+
+def check_writable(path: Path) -> None:
+    """Refuses, before any work, a file that could not be written in the end. Raises DiskError."""
+    if path.is_dir():
+        raise DiskError(f"cannot write {path}: a folder stands there; give the name of a file")
+    with _explained(path):
+        _make_parent(path)
+        _temporary(path).touch()
+        _temporary(path).unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -111,11 +134,12 @@ def write_json(path: Path, obj: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What stands there; empty if nothing readable does."""
+    """The object that stands there; empty if nothing readable does."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}
 
 
 def csv(frame: pd.DataFrame) -> str:

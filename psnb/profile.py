@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import tomllib
 import types
 import typing
@@ -193,47 +195,69 @@ def load(name: str) -> Profile:
         path = Path(name)
         if not path.is_file():
             raise UserError(f"profile file {name} does not exist; profiles that come with psnb: {', '.join(names())}")
-        text, name = path.read_text(), path.stem
+        raw, name = path.read_bytes(), path.stem
     else:
         if name not in names():
             cure = f"did you mean {name}.toml?" if Path(f"{name}.toml").is_file() else nearest(name, names())
             raise UserError(f"unknown profile {name!r}; {cure}")
-        text = (resources.files("psnb.profiles") / f"{name}.toml").read_text()
+        raw = (resources.files("psnb.profiles") / f"{name}.toml").read_bytes()
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"profile {name}: not valid TOML: {error}") from None
+        table = tomllib.loads(raw.decode("utf-8"))
+    except ValueError as error:  # of TOML, or of UTF-8
+        raise UserError(f"profile {name}: not valid TOML in UTF-8: {error}") from None
     profile = _build(Profile, {"name": name, **table}, f"profile {name}")
     _check(profile)
     return profile
 
 
+LEAST = {  # of whole numbers, wherever a profile has them
+    **dict.fromkeys(("steps", "rows", "accumulate", "log_every", "save_every", "k", "layers"), 1),
+    **dict.fromkeys(("hidden_size", "heads", "kv_heads", "intermediate_size", "context", "response_batch"), 1),
+    **dict.fromkeys(("prompts_per_family", "max_prompt_tokens", "prefix"), 1),
+    **dict.fromkeys(("warmup", "evaluate_every", "link", "response_rows"), 0),
+    "length": 16,
+}
+SHARES = ("keep", "keep_min", "anchors")  # in (0, 1]
+POSITIVE = ("learning_rate", "slot_decay", "clip", "response_temperature")
+TAKEN = ("target", "report", "corpus", "tokenizer", "tokens", "rows", "prompts", "plain", "hf_generate", "hf_static")
+
+
 def _check(profile: Profile) -> None:
+    where, names = f"profile {profile.name}", list(profile.drafters)
+    models = {"target": profile.target, **{f"drafters.{name}": spec for name, spec in profile.drafters.items()}}
+    budgets = {f"{name}.train": spec.train for name, spec in models.items() if spec.train}
+    parts: dict[str, Any] = {"data": profile.data, **models, **budgets}
+    for name, spec in parts.items():
+        for key, value in vars(spec).items():
+            if key in LEAST and value < LEAST[key]:
+                raise UserError(f"{where}.{name}: {key} = {value}; it is {LEAST[key]} or more")
+            if key in SHARES and not 0 < value <= 1:
+                raise UserError(f"{where}.{name}: {key} = {value}; it is a share in (0, 1]")
+            if key in POSITIVE and not 0 < value < math.inf:
+                raise UserError(f"{where}.{name}: {key} = {value}; it is a number above 0")
     for name, spec in profile.drafters.items():
-        where = f"profile {profile.name}.drafters.{name}"
-        if spec.k < 1:
-            raise UserError(f"{where}: k = {spec.k}; a drafter drafts at least one token, so set k to 1 or more")
+        own = f"{where}.drafters.{name}"
+        if name in TAKEN or not re.fullmatch(r"(?!\d\d_)\w[\w.-]*", name):
+            raise UserError(f"{own}: a name is of letters, digits, _ . and -, and no other stage's: rename it")
         for key, words in CHOICES.items():
             if (word := getattr(spec, key)) not in words:
-                raise UserError(f"{where}: {key} {word!r}; {nearest(word, words)}")
-        if not all(0 < share <= 1 for share in (spec.keep, spec.keep_min, spec.anchors)):
-            raise UserError(f"{where}: keep, keep_min and anchors are shares in (0, 1]")
+                raise UserError(f"{own}: {key} {word!r}; {nearest(word, words)}")
         if not 0 <= spec.curriculum <= 1:
-            raise UserError(f"{where}: curriculum is a share of the steps, 0 to 1")
+            raise UserError(f"{own}: curriculum is a share of the steps, 0 to 1")
         if (spec.taps or spec.link or spec.curriculum) and not spec.kind.endswith("-ps"):
-            raise UserError(f"{where}: taps, link and curriculum are for medusa-ps and eagle-ps, not {spec.kind}")
-        if spec.warm_start and list(profile.drafters).index(name) <= (
-            list(profile.drafters).index(spec.warm_start)
-            if spec.warm_start in profile.drafters
-            else len(profile.drafters)
-        ):
-            raise UserError(f"{where}: warm_start {spec.warm_start!r} must be a drafter listed before it")
-    for name, budget in {"target": profile.target.train, **{n: d.train for n, d in profile.drafters.items()}}.items():
-        if budget and budget.optimizer not in OPTIMIZERS:
-            where, known = f"profile {profile.name}: the training of {name}", nearest(budget.optimizer, OPTIMIZERS)
-            raise UserError(f"{where}: optimizer {budget.optimizer!r}; {known}")
+            raise UserError(f"{own}: taps, link and curriculum are for medusa-ps and eagle-ps, not {spec.kind}")
+        if spec.warm_start and spec.warm_start not in names[: names.index(name)]:
+            raise UserError(f"{own}: warm_start {spec.warm_start!r} must be a drafter listed before it")
+    for name, budget in budgets.items():
+        if budget.optimizer not in OPTIMIZERS:
+            known = nearest(budget.optimizer, OPTIMIZERS)
+            raise UserError(f"{where}.{name}: optimizer {budget.optimizer!r}; {known}")
     if profile.data.responses not in ("corpus", "target"):
         known = nearest(profile.data.responses, ["corpus", "target"])
-        raise UserError(f"profile {profile.name}.data: responses {profile.data.responses!r}; {known}")
+        raise UserError(f"{where}.data: responses {profile.data.responses!r}; {known}")
+    if not profile.data.sources:
+        raise UserError(f"{where}.data: source is empty; give code, a .jsonl file or a hub data set")
     if profile.dtype not in ("float32", "float64", "bfloat16"):
-        raise UserError(f"profile {profile.name}: dtype {profile.dtype!r}; float32, float64 or bfloat16")
+        raise UserError(f"{where}: dtype {profile.dtype!r}; float32, float64 or bfloat16")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", profile.device):
+        raise UserError(f"{where}: device {profile.device!r}; auto, cpu, cuda or cuda:N")

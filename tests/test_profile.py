@@ -40,11 +40,11 @@ def test_the_longer_study_takes_over_what_the_shorter_one_made():
         ('title = "a"\n[data]\npackages = "six"', "data.packages: a list is wanted"),
         ('title = "a"\n[data]\npackages = [1]', "packages: str is wanted"),
         ('title = "a"\n[target]\nhiden_size = 3', "did you mean hidden_size"),
-        ('title = "a"\n[drafters.x]\nkind = "eagle"\nk = 0', "k = 0; .* set k to 1 or more"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\nk = 0', "drafters.x: k = 0; it is 1 or more"),
         ('title = "a"\n[drafters.x]\nk = 3', "drafters.x: kind missing"),
         ('title = "a"\n[drafters.x]\nkind = "egle-ps"', "drafters.x: kind 'egle-ps'; did you mean eagle-ps"),
-        ('title = "a"\n[drafters.x]\nkind = "eagle"\nkeep = 0.0', "shares in"),
-        ('title = "a"\n[drafters.x]\nkind = "eagle"\nanchors = 1.5', "shares in"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\nkeep = 0.0', "keep = 0.0; it is a share in"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\nanchors = 1.5', "anchors = 1.5; it is a share in"),
         ('title = "a"\n[drafters.x]\nkind = "eagle-ps"\ncurriculum = 1.5', "curriculum is a share"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\ncurriculum = 0.5', "not eagle"),
         ('title = "a"\n[drafters.x]\nkind = "medusa"\ntaps = [1]', "not medusa"),
@@ -54,8 +54,19 @@ def test_the_longer_study_takes_over_what_the_shorter_one_made():
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nmask_mode = "share"', "did you mean shared"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nwarm_start = "y"', "must be a drafter listed before"),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nwarm_start = "x"', "must be a drafter listed before"),
-        ('title = "a"\n[target.train]\nsteps = 1\noptimizer = "moun"', "training of target: .*did you mean muon"),
+        ('title = "a"\n[target.train]\nsteps = 1\noptimizer = "moun"', "target.train: .*did you mean muon"),
         ('title = "a"\ndtype = "float16"', "float32, float64 or bfloat16"),
+        ('title = "a"\ndevice = "gpu"', "device 'gpu'; auto, cpu, cuda"),
+        ('title = "a"\n[target.train]\nsteps = 0', "target.train: steps = 0; it is 1 or more"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\ntrain = { steps = 1, log_every = 0 }', "x.train: log_every = 0"),
+        ('title = "a"\n[target.train]\nsteps = 1\nlearning_rate = nan', "learning_rate = nan; it is a number above 0"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle"\nslot_decay = -1', "slot_decay = -1.0; it is a number above 0"),
+        ('title = "a"\n[drafters.x]\nkind = "eagle-ps"\nlink = -4', "link = -4; it is 0 or more"),
+        ('title = "a"\n[data]\nlength = 1', "data: length = 1; it is 16 or more"),
+        ('title = "a"\n[data]\nsource = " , "', "source is empty"),
+        ('title = "a"\n[drafters.plain]\nkind = "eagle"', "drafters.plain: .*rename it"),
+        ('title = "a"\n[drafters."../up"]\nkind = "eagle"', "rename it"),
+        ('title = "a"\n[drafters.01_x]\nkind = "eagle"', "rename it"),
     ],
 )
 def test_one_clear_line(tmp_path, text, message):
@@ -64,6 +75,12 @@ def test_one_clear_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         profile.load(str(path))
     assert "\n" not in str(error.value).split("TOML:")[0]
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "latin.toml").write_bytes(b'title = "caf\xe9"\n')
+    with pytest.raises(UserError, match="profile latin: not valid TOML in UTF-8"):
+        profile.load(str(tmp_path / "latin.toml"))
 
 
 def test_cost_hints_are_near_what_trainings_took():
