@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def command(given: argparse.Namespace) -> int:
     """One command, parsed. Heavy modules are imported where they are needed."""
     from psnb import runner
-    from psnb.study import Study, project
+    from psnb.study import Study
 
     if given.command == "list":
         status = runner.status(Study.open(given.profile, given.output))
@@ -120,8 +120,9 @@ def command(given: argparse.Namespace) -> int:
     elif given.readme:
         from psnb import report
 
-        readme = project() / "README.md"
-        report.readme(readme, project() / "results" / given.profile / "summary.csv")
+        study = Study.open(given.profile, given.output)
+        readme = study.root / "README.md"
+        report.readme(readme, study.results / "summary.csv")
         print(f"written: {readme}")
     else:
         study = Study.open(given.profile, given.output)
@@ -146,6 +147,8 @@ def _bench(given: argparse.Namespace) -> None:
     from psnb import bench, manifest
     from psnb.study import Study
 
+    if given.json:
+        manifest.check_writable(Path(given.json))
     names = ("methods", "k", "nodes", "prompts", "tokens", "temperatures", "repeats")
     found = bench.run(Study.open(given.profile, given.output), **{name: getattr(given, name) for name in names})
     print(f"{found['profile']}, {found['dtype']}, {manifest.machine_name(found['machine'])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,6 +62,8 @@ def run(
     for name, count in {"k": k, "prompts": prompts, "tokens": tokens, "repeats": repeats}.items():
         if count < 1:
             raise UserError(f"{name} = {count}: give 1 or more")
+    if nodes < 0 or not all(0 <= t < math.inf for t in temperatures):
+        raise UserError(f"nodes = {nodes}, temperatures = {list(temperatures)}: none may be below 0")
     wrong = [name for name in methods if name not in study.profile.drafters]
     if wrong:
         raise UserError(f"unknown drafter {wrong[0]!r}; {nearest(wrong[0], study.profile.drafters)}")
@@ -73,7 +76,10 @@ def run(
     cuda = target.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    engines = Engines(target, drafters) if cuda else None  # made here, to be asked how long they captured
+    longest = min(max(map(len, chosen["input_ids"])) + max(measure.WARM, tokens), target.context)
+    engines = (
+        Engines(target, drafters, length=longest) if cuda else None
+    )  # made here, to be asked how long they captured
     lengths = {name: min(k, drafter.k) for name, drafter in drafters.items()}
     for name, length in lengths.items():
         if length < k:

@@ -190,8 +190,8 @@ def _round(
     repeats: int,
     options: dict[str, Any],
 ) -> dict[str, float]:
-    most = len(prompt) + settings.max_new_tokens
-    engine = Engine(target, drafter, settings, batch=batch, **{"capacity": most + 256, **options})
+    most = len(prompt) + max(settings.max_new_tokens, 2 * (settings.k + 1))
+    engine = Engine(target, drafter, settings, batch=batch, **{"length": most, **options})
     parts = engine.parts(prompt, repeats)
     if drafter is not None and trace:
         engine.replay(torch.tensor(trace))

@@ -358,7 +358,9 @@ def _read_records(path: Path) -> Iterator[dict]:
                 where = f"{path}:{number}"
                 try:
                     record = json.loads(line) if line.strip() else {"text": ""}
-                except ValueError as error:
+                    if b"\\ud" in line.lower():  # half a character in escapes is a ValueError too
+                        json.dumps(record, ensure_ascii=False).encode()
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: not a JSON record ({error}); repair or remove the line") from None
                 yield _checked(record, where)
         except (lzma.LZMAError, EOFError) as error:

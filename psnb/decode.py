@@ -6,6 +6,7 @@ x_0 .. x_{L-2}; a round feeds x_{L-1} (the root) and the drafted nodes, so a row
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -120,8 +121,12 @@ def check(target: Target, prompt: Sequence[int], settings: Settings, drafter: Dr
     """Refuse, before any work, what cannot be decoded. Raises `UserError`."""
     if not len(prompt):
         raise UserError("the prompt is empty: give at least one token")
-    if settings.temperature < 0:
-        raise UserError(f"temperature {settings.temperature} is negative: 0 is greedy, above 0 samples")
+    if not 0 <= settings.temperature < math.inf:
+        raise UserError(f"temperature {settings.temperature}: 0 is greedy, above 0 samples")
+    if not (settings.sharpen > 0 and settings.spread > 0):
+        raise UserError(f"sharpen = {settings.sharpen}, spread = {settings.spread}: both are above 0")
+    if not 0 <= settings.seed < 2**63 or settings.repeat_stop < 0:
+        raise UserError(f"seed = {settings.seed}, repeat_stop = {settings.repeat_stop}: neither may be below 0")
     if settings.max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {settings.max_new_tokens}: ask for at least one token")
     need = len(prompt) + settings.max_new_tokens + settings.k
@@ -305,7 +310,7 @@ def speculative(target: Target, drafter: Drafter, prompt: Sequence[int], setting
     plan = Plan(settings.tree, settings.k, settings.nodes, target.vocab_size, device=target.device, width=drafter.width)
     chain, propose = plan.kind == "chain", sampler.propose(plan)
     clock = _Clock(target.device, result.seconds)
-    room = len(prompt) + settings.max_new_tokens + plan.nodes + 1
+    room = len(prompt) + settings.max_new_tokens + max(plan.nodes, plan.k) + 1
     cache = KVCache(target.layers, room)
     own = KVCache(max(1, drafter.spec.layers), room + drafter.k + plan.k * plan.beam)
     known = torch.tensor(prompt, device=target.device)

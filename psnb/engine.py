@@ -72,7 +72,7 @@ def refuse(target: Target) -> None:
         raise UserError("the engine decodes decoder-only targets: this one attends to an encoder; use another")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope in ("dynamic", "longrope"):
-        raise UserError(f"{rope} RoPE changes with the length, which a graph cannot: use decode.py")
+        raise UserError(f"{rope} RoPE looks at the length in every pass, which a graph cannot: use decode.py")
 
 
 class Prompts:
@@ -193,8 +193,9 @@ def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 class Engine:
     """Plain (`drafter` None) or speculative decoding of `batch` sequences, with the results of `decode`.
 
-    capacity: rows of the cache (0: what the target's context needs). every: rounds between two looks of the host, which
-    with graphs reads them while the next ones run: a sequence stops at most 2 * every - 1 rounds late.
+    length: tokens of a prompt and its answer, at most (0: the target's context), for which the caches have room. every:
+    rounds between two looks of the host, which with graphs reads them while the next ones run: a sequence stops at most
+    2 * every - 1 rounds late.
     graph: rounds are CUDA graphs, one for each bucket of rows that attention sees (None: on a GPU). compile_layers:
     torch.compile every decoder layer (None: in graphs). attention: see `cache.attend`. prompts: shared with other
     engines. Raises `UserError` for what cannot work.
@@ -206,7 +207,7 @@ class Engine:
         drafter: Drafter | None,
         settings: Settings,
         batch: int = 1,
-        capacity: int = 0,
+        length: int = 0,
         every: int = 1,
         graph: bool | None = None,
         compile_layers: bool | None = None,
@@ -238,12 +239,10 @@ class Engine:
             self.depth, nodes, taps = self.plan.k, self.plan.nodes, drafter.spec.taps
             scratch = self.depth + drafter.k + (self.depth * self.plan.beam if of.tree == "dynamic" else 0)
         self.margin = max(nodes + 1, scratch)  # rows beyond the known tokens that a round may write
-        most = target.context + self.margin
-        if capacity > most:
-            raise UserError(
-                f"capacity {capacity} goes beyond the target's context or sliding window of {target.context}: lower it"
-            )
-        self.capacity = -(-(capacity or most) // 64) * 64  # fused attention likes whole blocks
+        if length > target.context:
+            raise UserError(f"length {length} goes beyond the target's context or sliding window of {target.context}")
+        self.length = length or target.context
+        self.capacity = -(-(self.length + self.margin) // 64) * 64  # fused attention likes whole blocks
         sizes = [FIRST << i for i in range(24)] if not buckets else sorted(buckets)
         self.buckets = [b for b in sizes if b < self.capacity] + [self.capacity]
         self.body = getattr(drafter, "body", None)
@@ -521,13 +520,15 @@ class Engine:
         seeds = [self.settings.seed] * len(prompts) if seeds is None else seeds
         for prompt in prompts:
             check(self.target, prompt, self.settings, self.drafter)
-            need = len(prompt) + self.settings.max_new_tokens + self.margin
-            if need > self.capacity:
-                raise UserError(f"the cache holds {self.capacity} rows, {need} are needed: raise its capacity")
+            self._check_length(len(prompt) + self.settings.max_new_tokens)
         made = []
         for i in range(0, len(prompts), self.batch):
             made += self._together(prompts[i : i + self.batch], seeds[i : i + self.batch])
         return made
+
+    def _check_length(self, need: int) -> None:
+        if need > self.length:
+            raise UserError(f"the engine has room for {self.length} tokens, {need} are needed: raise its length")
 
     def _together(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Generation]:
         made = [Generation(list(prompt)) for prompt in prompts]
@@ -630,9 +631,10 @@ class Engine:
         `names` may leave out the last ones: a part stands on what the one before it made.
         """
         check(self.target, prompt, self.settings, self.drafter)
+        self._check_length(reach := len(prompt) + 2 * (self.depth + 1))
         for row in range(self.batch):
             self._prefill(row, prompt, row)
-        bucket = self._bucket(len(prompt) + 2 * (self.depth + 1) + self.margin)
+        bucket = self._bucket(reach + self.margin)
         work: dict[str, Callable[[], None]] = {}
         box, made = {}, {}
         if "round" in names:

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
-from transformers import StaticCache, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 from psnb import decode, manifest
 from psnb import drafters as models
@@ -50,6 +50,7 @@ BASELINES = ("plain", "hf_generate", "hf_static")
 ARM = ["method", "tree", "k", "nodes", "rule"]  # what tells one way of decoding from another
 TIE = 1e-4  # two best scores closer than this are a numeric tie (DESIGN, invariant 4)
 BOOTSTRAP = 1000
+WARM = 6  # tokens of a generation that only warms up
 
 
 @dataclass(frozen=True)
@@ -126,17 +127,22 @@ def hf_generate(
     if cache is not None:
         cache.reset()
         more["past_key_values"] = cache
+    model, own = target.model, target.model.generation_config
+    model.generation_config = GenerationConfig()  # a checkpoint's own may punish repetition, or search with beams
     began = time.perf_counter()
-    target.model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=settings.max_new_tokens,
-        do_sample=settings.temperature > 0,
-        eos_token_id=list(settings.stop_tokens) or None,
-        pad_token_id=target.eos_token_id or 0,
-        stopping_criteria=StoppingCriteriaList([watch]),
-        **more,
-    )
+    try:
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=settings.max_new_tokens,
+            do_sample=settings.temperature > 0,
+            eos_token_id=list(settings.stop_tokens) or None,
+            pad_token_id=target.eos_token_id or 0,
+            stopping_criteria=StoppingCriteriaList([watch]),
+            **more,
+        )
+    finally:
+        model.generation_config = own
     ended = time.perf_counter()
     result.seconds |= {"prefill": watch.first - began, "verify": ended - watch.first}
     return result
@@ -185,11 +191,14 @@ def run(
     runs on the first `hf_prompts` of each family (0: all). `engines` decode in place of `decode`; on a GPU they are
     made where none are given, `compiled` or not: compiling takes seconds a way of decoding, and saves time alone.
     """
-    if engines is None and target.device.type == "cuda":
-        engines = Engines(target, drafters, compile_layers=compiled)
-    static = StaticCache(target.config, target.context) if any(arm.method == "hf_static" for arm in arms) else None
     greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
+    longest = max(len(record["input_ids"]) for record in records) + max(WARM, max_new_tokens)
+    if engines is None and target.device.type == "cuda":
+        engines = Engines(target, drafters, compile_layers=compiled, length=min(longest, target.context))
+    static = None
+    if any(arm.method == "hf_static" for arm in arms):  # as long as is needed: it attends over all of it
+        static = StaticCache(target.config, longest)
     families = pd.DataFrame(records)[["id", "family"]].groupby("family")
     generated = set(families.head(hf_prompts or len(records))["id"])
     plan = [
@@ -198,7 +207,7 @@ def run(
         for index, record in enumerate(records)
     ]
     for temperature, arm in product(temperatures if engines else (0.7,), arms):  # warm up, capture
-        settings = arm.settings(max_new_tokens=6, temperature=temperature)
+        settings = arm.settings(max_new_tokens=WARM, temperature=temperature)
         generate(target, drafters, arm.method, records[0]["input_ids"], settings, engines, static)
     rows = []
     for temperature, repeat, index, record in manifest.progress(plan, label):

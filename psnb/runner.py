@@ -286,7 +286,7 @@ def _measured(facts: dict[str, Any]) -> list[dict[str, Any]]:
 def _command(study: Study, only: str | None, fresh: bool, given: dict[str, dict[str, Any]]) -> str:
     words = [
         "psnb run --profile",
-        study.profile.name,
+        Path(study.asked).name,
         *(["--only", only] if only else []),
         *(["--fresh"] if fresh else []),
     ]
@@ -312,8 +312,7 @@ def report(study: Study) -> Path:
 
     executed = [_executed(study, path) for path in notebooks(study).values()]
     if missing := [path.stem for path in executed if not path.is_file()]:
-        cure = f"`psnb run --profile {study.profile.name}` runs what is missing"
-        raise UserError(f"not run yet: {', '.join(missing)}; {cure}")
+        raise UserError(f"not run yet: {', '.join(missing)}; {study.command('run PROFILE')} runs what is missing")
     say("report: rendering")
     path = study.results / "report.html"
     rendering.html(executed, study.manifest.read(), path)
@@ -397,12 +396,16 @@ def _took(seconds: float) -> str:
 def _weights_status(study: Study, name: str) -> tuple[str, str]:
     if name == "target" and study.profile.target.path:
         return "yes", f"loaded from {study.profile.target.path}"
-    facts = stage_facts(study.checkpoint(name))
+    folder = study.checkpoint(name)
+    facts = stage_facts(folder)
+    files = [*facts.get("weights", ()), *(["spec.json"] if name != "target" else [])]
+    if facts and study.ready(name) and not all((folder / file).is_file() for file in files):
+        return "damaged", _estimate(study.profile, name)
     if facts and study.ready(name):
         return "yes", f"{_took(facts['seconds'])} on {facts['machine']}"
     if study.recorded_only(name):
         return "weights not here", _estimate(study.profile, name)
-    state = "changed" if facts else "damaged" if study.checkpoint(name).is_dir() else "no"
+    state = "changed" if facts else "damaged" if folder.is_dir() else "no"
     return state, _estimate(study.profile, name)
 
 

@@ -17,6 +17,7 @@ A *stage* is addressed by the hash of what it depends on:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import io
 import os
@@ -96,6 +97,12 @@ def _difference(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [where]
 
 
+@functools.cache
+def _sha256(path: Path, changed: int) -> str:
+    """A file's hash, taken once as long as it is not changed."""
+    return manifest.sha256_file(path)
+
+
 def _weights(folder: Path) -> dict[str, str]:
     return {p.name: manifest.sha256_file(p) for p in sorted(folder.glob("*.safetensors"))}
 
@@ -123,6 +130,7 @@ class Study:
     output: Path
     fresh: set[str] = field(default_factory=set)  # stages to make again, each once
     launch: Callable[[str, Path], None] | None = None  # trains a model into a folder elsewhere (see runner.train)
+    asked: str = ""  # the profile as it was named: its name, or a .toml file
     _loaded: dict[str, Any] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
     _making: list[str] = field(default_factory=lambda: [os.environ.get("PSNB_NOTEBOOK", "")])  # outermost first
@@ -132,11 +140,19 @@ class Study:
         """A study of a profile (by name, by the path of a TOML file, or as it is).
 
         `output` is the folder that gets `results/` and `figures/`; empty, the project's. `fresh` names stages to make
-        again. Raises UserError for an unknown profile.
+        again. Raises UserError for an unknown profile, and for an output that is no folder.
         """
         chosen = profile_ if isinstance(profile_, Profile) else profile.load(str(profile_))
         root = project()
-        return cls(chosen, root, Path(output).resolve() if str(output) else root, set(fresh))
+        if Path(output).is_file():
+            raise UserError(f"--output {output}: a file; give a folder")
+        where = Path(output).resolve() if str(output) else root
+        return cls(chosen, root, where, set(fresh), asked=chosen.name if profile_ is chosen else str(profile_))
+
+    def command(self, words: str) -> str:
+        """The command line of `psnb` that does this to this very study."""
+        more = f" --output {self.output}" if self.output != self.root else ""
+        return f"`psnb {words.replace('PROFILE', f'--profile {self.asked}')}{more}`"
 
     @property
     def results(self) -> Path:
@@ -163,8 +179,16 @@ class Study:
     def device(self) -> torch.device:
         import torch
 
-        name = self.profile.device
-        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        name, there = self.profile.device, torch.cuda.is_available()
+        if name.startswith("cuda") and not there:
+            raise UserError(f"profile {self.profile.name}: device {name!r}, but PyTorch sees no GPU; set auto or cpu")
+        return torch.device(("cuda" if there else "cpu") if name == "auto" else name)
+
+    def computing_in(self, dtype: str) -> Study:
+        """This study in that number format."""
+        if dtype == self.profile.dtype:
+            return self
+        return dataclasses.replace(self, profile=dataclasses.replace(self.profile, dtype=dtype), _loaded={})
 
     def fastest(self) -> Study:
         """This study in the number format that its machine is fastest in, on a CPU by measurement.
@@ -187,9 +211,11 @@ class Study:
                 found = {"key": key, "bfloat16": bfloat16_pays(*sizes)}
                 manifest.write_json(self.cache / FORMAT, found)
             fast = found["bfloat16"]
-        if not fast:
-            return self
-        return dataclasses.replace(self, profile=dataclasses.replace(self.profile, dtype="bfloat16"), _loaded={})
+        return self.computing_in("bfloat16") if fast else self
+
+    def for_training(self) -> Study:
+        """This study in the number format that drafters are trained in: on a CPU float32, with no autocast there."""
+        return self if self.device.type == "cuda" else self.computing_in("float32")
 
     # --- the machinery of stages --------------------------------------------------------------------------------
 
@@ -362,10 +388,10 @@ class Study:
         }
 
     def _chat_files(self) -> dict[str, str]:
-        """Of the chats' sources and the validation file those that are files here, with their sha256."""
+        """Of the chats' sources and the validation file, as the profile names them, those that are here: sha256."""
         spec = self.profile.data
-        files = [self.root / name for name in (*spec.sources, spec.validation) if name]
-        return {path.name: manifest.sha256_file(path) for path in files if path.is_file()}
+        files = {name: self.root / name for name in (*spec.sources, spec.validation) if name}
+        return {name: _sha256(path, path.stat().st_mtime_ns) for name, path in files.items() if path.is_file()}
 
     def _chat_corpus(self, folder: Path) -> dict[str, Any]:
         from datasets import DatasetDict, concatenate_datasets
@@ -382,6 +408,8 @@ class Study:
         if spec.validation:
             held_out = parts.pop()
             corpus = DatasetDict(train=concatenate_datasets(parts).shuffle(seed), held_out=held_out)
+        elif (count := sum(map(len, parts))) < 2:
+            raise UserError(f"{spec.source}: {count} record with content; give more, or data.validation as well")
         else:
             corpus = concatenate_datasets(parts).train_test_split(test_size=0.05, seed=seed)  # it shuffles
             corpus["held_out"] = corpus.pop("test")
@@ -559,12 +587,17 @@ class Study:
         return {**common, "drafter": _seen(spec), "target": self._target_id(), "warm_start": warm}
 
     def _path(self) -> str:
-        """The profile's target.path. Raises UserError where it means a folder and there is none: no hub has it."""
+        """The profile's target.path, a folder's from the project's folder (or from the one we are in).
+
+        Raises UserError where it means a folder and there is none: no hub has it.
+        """
         path = self.profile.target.path
-        means_folder = path.startswith((".", "/", "~", "results/")) or ("/" in path and Path(path).parent.is_dir())
+        if path and (here := self.root / path).is_dir():
+            return str(here)
+        means_folder = path.startswith((".", "/", "~", "results/")) or ("/" in path and here.parent.is_dir())
         if means_folder and not Path(path).is_dir():
             raise UserError(
-                f"profile {self.profile.name}: target.path = {path!r}: no such folder ({Path(path).resolve()}); "
+                f"profile {self.profile.name}: target.path = {path!r}: no such folder ({here.resolve()}); "
                 "give an existing one, or the name of a model on the hub"
             )
         return path
@@ -590,13 +623,19 @@ class Study:
                     f"target.path = {path!r} is no folder, and cannot be fetched from the hub: {why}; give an existing "
                     f"folder, or `hf download {path}` while there is a network and set HF_HUB_OFFLINE=1 without one"
                 ) from error
-            self._loaded["target_id"] = f"{path}@{own}"
+            self._loaded["target_id"] = f"{self.profile.target.path}@{own}"
         return self._loaded["target_id"]
 
     def ready(self, name: str) -> bool:
         """Whether a checkpoint is there for this very profile (what is in its weights is not looked at)."""
-        key = stage_facts(self.checkpoint(name)).get("key")
-        return name not in self.fresh and key == digest(self._spec(name)) and not self.recorded_only(name)
+        about = stage_facts(self.checkpoint(name))
+        same = about.get("key") == digest(self._spec(name)) and not self._other_text(about)
+        return name not in self.fresh and same and not self.recorded_only(name)
+
+    def _other_text(self, about: dict[str, Any]) -> list[str]:
+        """Files of chats, of those that are here, that changed since these weights were trained on them."""
+        then = about.get("corpus", {})
+        return [name for name, sha256 in self._chat_files().items() if then.get(name, sha256) != sha256]
 
     def recorded_only(self, name: str) -> bool:
         """Whether a checkpoint is a record without weights, as in a clone of a run whose weights were not published.
@@ -608,7 +647,7 @@ class Study:
         return bool(files) and not any(file.exists() for file in files) and not _tracked(folder)
 
     def _cure(self, name: str) -> str:
-        folder, again = self.checkpoint(name), f"`psnb run --profile {self.profile.name} --only {name} --fresh`"
+        folder, again = self.checkpoint(name), self.command(f"run PROFILE --only {name} --fresh")
         if folder.is_relative_to(self.root) and _tracked(folder):
             return (
                 f"`git checkout -- {folder.relative_to(self.root)}` brings a shipped one back, {again} trains it again"
@@ -632,6 +671,8 @@ class Study:
             why = "training again, for its weights are not here"
         elif about["key"] != digest(spec):
             why = f"training again, for the profile changed ({', '.join(_difference(about['spec'], spec))})"
+        elif changed := self._other_text(about):
+            why = f"training again, for its text changed ({', '.join(changed)})"
         else:
             found = _weights(folder)
             for file in (file for file, sha256 in about["weights"].items() if found.get(file) != sha256):
@@ -639,6 +680,10 @@ class Study:
                 raise UserError(f"{folder / file}: {what}; {self._cure(name)}")
             self.once(name, f"reused (trained {about['at'][:10]} on {about['machine']} in {about['seconds']:.0f} s)")
             return folder
+
+        budget = self.profile.drafters[name].train if name != "target" else self.profile.target.train
+        if budget is None:
+            raise UserError(f"profile {self.profile.name}: {name} has no training budget: set its `train`")
 
         def made(temporary: Path) -> dict[str, Any]:
             self._training_rows(name)  # made here once, whoever trains
@@ -669,7 +714,7 @@ class Study:
             return
         if spec.warm_start:
             how["warm_start_from"] = self.checkpoint(spec.warm_start)
-        train_drafter(spec, self.target(), *self._training_rows(name), folder, **how)
+        train_drafter(spec, self.for_training().target(), *self._training_rows(name), folder, **how)
 
     def _seal(self, folder: Path, name: str) -> dict[str, Any]:
         """What stage.json says of weights beside key, time and seconds."""
@@ -802,7 +847,8 @@ class Study:
         """A table that was measured before, by this profile or another. Raises UserError where there is none."""
         path = self.results.parent / (profile or self.profile.name) / f"{name}.csv"
         if not path.is_file():
-            raise UserError(f"{path}: not there; `psnb run --profile {profile or self.profile.name}` measures it")
+            how = f"`psnb run --profile {profile}`" if profile else self.command("run PROFILE")
+            raise UserError(f"{path}: not there; {how} measures it")
         return pd.read_csv(path, keep_default_na=False)
 
     def training(self) -> pd.DataFrame:

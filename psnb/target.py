@@ -68,8 +68,13 @@ class Target:
         self.hidden_size: int = model.config.hidden_size
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.eos_token_id: int | None = tokenizer.eos_token_id
-        window = getattr(model.config, "sliding_window", None)  # within it, sliding attention is plain attention
-        self.context: int = min(model.config.max_position_embeddings, window or model.config.max_position_embeddings)
+        config = model.config
+        limits = [config.max_position_embeddings]
+        limits += filter(None, [getattr(config, "sliding_window", None)])  # within it, sliding attention is plain
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":  # beyond, all keys turn by other angles than those that were cached
+            limits += filter(None, [rope.get("original_max_position_embeddings")])
+        self.context: int = min(limits)
         self.layers: int = model.config.num_hidden_layers
         queries, keys, _ = heads(model.config)
         self.shared: int = queries // keys  # query heads of a key head

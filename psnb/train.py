@@ -298,7 +298,8 @@ def acceptance(drafter: Drafter, rows: Batch, size: int = 4) -> dict[str, float]
         valid, match = (made.table(x, n) for x in (made.valid, score(drafter, batch, features, made)[2]))
         alive = (match & valid).cumprod(1).bool()
         tried = torch.cat([valid[:, :1], alive[:, :-1] & valid[:, 1:]], 1)
-        totals = totals + torch.stack([x.sum((0, 2)) for x in (alive, tried, valid)])
+        chains = valid.cumprod(1)  # with a loss mask a slot may count where one before it does not
+        totals = totals + torch.stack([x.sum((0, 2)) for x in (alive, tried, chains)])
     hits, tries, judgements = totals
     values = {}
     for slot in range(len(hits)):

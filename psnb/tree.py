@@ -198,13 +198,14 @@ class BestFirst:
 
         With `pairs` [..., k, W, W] these count instead. Children are then ranked by what they are worth after their
         parent, so that a contender may be worth more than one of smaller ranks: the N best of the contenders are taken.
+        What rounding brought above 0 is cut, or a child could stand before its parent.
         """
         lead, nodes = scores.shape[:-2], self.nodes
         if pairs is None:
-            place, worth = None, F.pad(scores.flatten(-2), (0, 1))[..., self.slots].sum(-1)
+            place, worth = None, F.pad(scores.clamp(max=0).flatten(-2), (0, 1))[..., self.slots].sum(-1)
         else:
             place, worth = _linked(pairs, self.ranks)
-            worth = torch.where(self.there, worth, 0).sum(-1)
+            worth = torch.where(self.there, worth.clamp(max=0), 0).sum(-1)
         bits = worth.float().view(torch.int32)
         bits = bits ^ (bits >> 31 & 0x7FFFFFFF)  # whole numbers in the order of the scores
         chosen = (bits.long() << 32 | self.order).topk(nodes).indices

@@ -79,6 +79,25 @@ def test_from_a_folder_to_decoded_text(project, cls, responses):
         assert not study(project).ready("eagle-ps")  # the corpus's own words are another training
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_drafters_are_trained_on_a_cpu_whatever_they_decode_in(project, dtype):
+    save(project, LlamaConfig)
+    (project[0] / "mine.toml").write_text(f'dtype = "{dtype}"\n' + PROFILE.format(data="", target=""))
+    made = Study.open("mine.toml")
+    drafter = made.drafter("eagle-ps")
+    assert str(drafter.fc.weight.dtype) == f"torch.{dtype}" and made.training().step.max() == 3
+
+
+def test_a_folder_is_found_from_the_projects(project, monkeypatch, tmp_path):
+    save(project, LlamaConfig)
+    made = study(project)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("psnb.study.project", lambda: project[0])
+    elsewhere = Study.open(str(project[0] / "mine.toml"), output=tmp_path / "out")
+    assert elsewhere.target().hidden_size == 32 and elsewhere._target_id() == made._target_id()
+    assert made._target_id().startswith("model@")
+
+
 def test_vicunas_template_is_fastchats(project):
     tokenizer = project[1]
     tokenizer.chat_template = profile.load("hub-vicuna-7b").target.chat_template

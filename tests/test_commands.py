@@ -69,7 +69,11 @@ def refused(capsys, *arguments, code=2):
         ),
         (["run", "--profile", "toy.toml", "--only", "eagle", "-p", "01_first.n=3"], "-p 01_first.n: --only eagle does"),
         (["bench", "--profile", "toy.toml", "--methods", "eagel"], "unknown drafter 'eagel'; did you mean eagle"),
-        (["report", "--profile", "toy.toml"], "not run yet: 01_first, 02_second; `psnb run"),
+        (["bench", "--profile", "toy.toml", "--nodes", "-3"], "nodes = -3"),
+        (["bench", "--profile", "toy.toml", "--temperatures", "nan"], "none may be below 0"),
+        (["list", "--profile", "toy.toml", "--output", "toy.toml"], "--output toy.toml: a file; give a folder"),
+        (["report", "--profile", "smokey", "--readme"], "unknown profile 'smokey'; did you mean smoke"),
+        (["report", "--profile", "toy.toml"], "not run yet: 01_first, 02_second; `psnb run --profile toy.toml` runs"),
     ],
 )
 def test_mistakes_are_one_line_before_any_work(toy, capsys, arguments, message):
@@ -112,7 +116,7 @@ def test_run_reuse_change_and_fresh(toy, capsys, plain_report):
     assert found["status"] == "complete"
     assert found["executed"] == ["01_first", "02_second"]
     assert found["stages"]["01_first"]["seconds"] > 0
-    assert found["command"] == "psnb run --profile toy"
+    assert found["command"] == "psnb run --profile toy.toml"
     executed = toy / "results" / "toy" / "notebooks" / "01_first.ipynb"
     assert str(toy) not in executed.read_text()
 
@@ -251,6 +255,19 @@ def test_no_permission_for_the_results(toy, capsys, monkeypatch):
     line = refused(capsys, "run", "--profile", "toy.toml", code=1)
     assert "manifest.json: no permission to write there: " in line
     assert not (toy / "log.txt").exists()
+
+
+def test_a_folder_is_no_file_for_bench(toy, capsys):
+    line = refused(capsys, "bench", "--profile", "toy.toml", "--json", "notebooks", code=1)
+    assert "notebooks: a folder stands there; give the name of a file" in line
+    assert (toy / "notebooks" / "01_first.ipynb").is_file() and not (toy / "results").exists()
+
+
+def test_the_readme_is_written_from_the_results_that_were_named(toy, capsys):
+    (toy / "README.md").write_text("<!-- results of toy: begin -->\n<!-- results of toy: end -->\n")
+    assert "/elsewhere/results/toy/summary.csv" in refused(
+        capsys, "report", "--profile", "toy.toml", "--readme", "--output", "elsewhere"
+    )
 
 
 def test_other_commands_in_a_process(toy):

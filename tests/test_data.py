@@ -367,6 +367,8 @@ def test_load_records(tmp_path, caplog, ending):
     [
         (b'{"text": "cut', "not a JSON record"),
         (b"\xff\xfe", "not a JSON record"),
+        (rb'{"text": "half a \ud83d character"}', "not a JSON record .*surrogates"),
+        (b"[" * 100_000, "not a JSON record .*recursion"),
         (b'{"prompt": "x"}', "the record is not"),
         (b"[1]", "the record is not"),
         (b'{"messages": [{"role": "user"}]}', "the record is not"),

@@ -136,6 +136,14 @@ def test_stops_cut_every_method_at_the_same_token():
     )
 
 
+def test_generate_is_plain_whatever_the_checkpoint_would_have():
+    target, settings = toys.target(), Settings(temperature=0.0, max_new_tokens=20, repeat_stop=0)
+    target.model.generation_config.repetition_penalty = 3.0
+    target.model.generation_config.no_repeat_ngram_size = 1
+    assert measure.hf_generate(target, PROMPT, settings).tokens == naive(target, PROMPT, settings)
+    assert target.model.generation_config.repetition_penalty == 3.0
+
+
 def test_the_repetition_stop_fires_after_repeated_8_grams():
     generation = Generation([1])
     stops = Stops(generation, Settings(max_new_tokens=100, repeat_stop=4))
@@ -154,7 +162,11 @@ def test_the_repetition_stop_fires_after_repeated_8_grams():
         ({}, [], "prompt is empty"),
         ({}, [1] * 250, "shorten the prompt"),
         ({"max_new_tokens": 0}, PROMPT, "at least one token"),
-        ({"temperature": -1.0}, PROMPT, "negative"),
+        ({"temperature": -1.0}, PROMPT, "temperature -1.0: 0 is greedy"),
+        ({"temperature": float("nan")}, PROMPT, "temperature nan"),
+        ({"spread": 0.0}, PROMPT, "spread = 0.0: both are above 0"),
+        ({"seed": -1}, PROMPT, "seed = -1"),
+        ({"repeat_stop": -1}, PROMPT, "repeat_stop = -1"),
         ({}, [1, 99], "outside the target's vocabulary"),
     ],
 )

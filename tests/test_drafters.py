@@ -6,6 +6,7 @@ import pytest
 import torch
 import toys
 from safetensors.torch import load_file, save_file
+from transformers import GemmaConfig, GPT2Config, LlamaConfig
 
 from psnb import drafters, groups, train
 from psnb.cache import KVCache
@@ -267,6 +268,27 @@ def test_acceptance_equals_counting_by_hand():
     values = train.acceptance(drafter, batch)
     for slot in range(toys.K):
         assert values[f"accept_cond_{slot}"] == pytest.approx(hit[slot] / max(1, tried[slot]))
+
+
+def test_acceptance_counts_chains_that_the_loss_mask_selects(monkeypatch):
+    """A drafter that is always right is so from slot 0 to the last, also where answers are short."""
+    monkeypatch.setattr(train, "score", lambda of, batch, features, made: (None, None, torch.ones_like(made.valid)))
+    target = toys.target()
+    batch = one_document(24)
+    batch["loss_mask"] = (torch.arange(24) % 8 >= 3).long()[None]  # answers of five tokens
+    values = train.acceptance(toys.drafter("eagle-ps", target), batch)
+    assert values == {f"accept_{of}_{slot}": 1.0 for slot in range(toys.K) for of in ("cond", "uncond")}
+
+
+@pytest.mark.parametrize(("cls", "scale"), [(LlamaConfig, 2.0), (GemmaConfig, 3.0), (GPT2Config, 2.0)])
+def test_rows_start_with_the_scale_of_features(cls, scale):
+    """Gemma's norm multiplies by 1 + weight; GPT-2 has no word for the width of its feed-forward part."""
+    target = toys.target(cls=cls, head_dim=8)
+    norm = [part for part in target.model.base_model.children() if getattr(part, "weight", torch.eye(1)).ndim == 1][-1]
+    norm.weight.data.fill_(2.0)
+    drafter = toys.drafter("eagle-ps", target)
+    fresh = drafters.build(drafter.spec, target)
+    torch.testing.assert_close(fresh.body.norm.weight.data, torch.full((32,), scale), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", toys.KINDS)

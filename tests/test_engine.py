@@ -205,7 +205,7 @@ def test_what_is_done_runs_on_within_the_cache():
     target = toys.target()
     settings = Settings(k=4, max_new_tokens=8)
     drafter = toys.drafter("eagle", target)
-    engine = Engine(target, drafter, settings, batch=2, capacity=len(PROMPT) + 8 + 16)
+    engine = Engine(target, drafter, settings, batch=2, length=len(PROMPT) + 8)
     engine.generate([PROMPT])
     with torch.no_grad(), engine._inside(engine.capacity):
         for _ in range(60):  # a row beyond the cache would raise
@@ -285,8 +285,8 @@ def test_parts_are_timed_and_change_nothing():
         ({"attention": "fast"}, "unknown attention 'fast'"),
         ({"every": 0}, "both are 1 or more"),
         ({"graph": True}, "CUDA graphs need a GPU"),
-        ({"capacity": 1000}, "goes beyond the target's context or sliding window of 256"),
-        ({"capacity": 64}, "the cache holds 64 rows, 78 are needed"),
+        ({"length": 1000}, "goes beyond the target's context or sliding window of 256"),
+        ({"length": 20}, "room for 20 tokens, 72 are needed"),
     ],
 )
 def test_what_cannot_be_run_is_refused(options, message):
@@ -300,7 +300,7 @@ def test_a_window_shorter_than_the_capacity_and_other_states_are_refused():
     settings = Settings(max_new_tokens=8)
     assert Engine(target, None, settings).generate([PROMPT])[0].tokens
     with pytest.raises(UserError, match="sliding window of 64"):
-        Engine(target, None, settings, capacity=256)
+        Engine(target, None, settings, length=256)
     jamba = toys.target()
     jamba.config.layer_types = ["full_attention", "linear_attention"]
     with pytest.raises(UserError, match="plain attention in every layer, this target has linear_attention"):
@@ -310,7 +310,7 @@ def test_a_window_shorter_than_the_capacity_and_other_states_are_refused():
     with pytest.raises(UserError, match="plain attention in every layer, this target has llama"):
         Engine(stateful, None, settings)
     scaled = toys.target(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(UserError, match="dynamic RoPE changes with the length"):
+    with pytest.raises(UserError, match="dynamic RoPE looks at the length"):
         Engine(scaled, None, settings)
     crossed = toys.target()
     crossed.config.add_cross_attention = True

@@ -5,16 +5,19 @@ against its exact law. Such a test calls a sound loop broken with probability AL
 planted bug lies so far off that a run of fresh seeds catches it with a probability of 0.99 at least (`far_enough`).
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 import torch
 import toys
+from transformers import Phi3Config
 
 from psnb import decode, drafters, verify
 from psnb.decode import Settings
 from psnb.drafters.base import Drafter
+from psnb.errors import UserError
 from psnb.profile import DrafterSpec
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -85,6 +88,44 @@ def test_rejected_nodes_leave_no_trace(kind, monkeypatch):
         for layer, new in zip(cache.layers, fresh.layers, strict=True):
             for a, b in ((layer.keys, new.keys), (layer.values, new.values)):
                 torch.testing.assert_close(a[:, :, :length], b[:, :, :length], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["eagle-ps linked", "medusa-ps linked"])
+def test_linked_trees_hang_together_where_few_candidates_hold_all(kind):
+    """At a low temperature the candidates of a slot hold all its probability, up to rounding: float32 then has sums
+    above 1."""
+    target = toys.target(torch.float32)
+    drafter, rounds = toys.drafter(kind, target), []
+    for seed, temperature in itertools.product(range(3), (0.02, 0.1)):
+        settings = Settings(temperature=temperature, max_new_tokens=30, seed=seed, repeat_stop=0)
+        plain = decode.autoregressive(target, PROMPT, settings)
+        made = decode.speculative(
+            target, drafter, PROMPT, dataclasses.replace(settings, k=4, tree="best_first", nodes=12)
+        )
+        assert made.tokens == plain.tokens
+        rounds += made.rounds
+    assert len(rounds) > 100 and all(p <= i for one in rounds for i, p in enumerate(one.parent))
+
+
+@pytest.mark.parametrize(("k", "nodes"), [(4, 1), (4, 2), (3, 2)])
+def test_a_tree_of_fewer_nodes_than_it_may_be_deep(k, nodes):
+    target = toys.target(torch.float64)
+    settings = Settings(k=k, tree="best_first", nodes=nodes, max_new_tokens=9, seed=1, repeat_stop=0)
+    made = decode.speculative(target, toys.drafter("eagle-ps", target), PROMPT, settings)
+    assert made.tokens == decode.autoregressive(target, PROMPT, settings).tokens
+
+
+def test_rope_that_changes_with_the_length_is_used_up_to_there():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 32}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    target = toys.target(torch.float64, cls=Phi3Config, rope_parameters=rope, original_max_position_embeddings=32)
+    assert target.context == 32
+    drafter = toys.drafter("eagle-ps", target)
+    settings = Settings(k=4, temperature=0.0, max_new_tokens=20, repeat_stop=0)
+    with pytest.raises(UserError, match="need .* places, the target has 32"):
+        decode.speculative(target, drafter, PROMPT * 2, settings)
+    made = decode.speculative(target, drafter, PROMPT, settings)
+    assert made.tokens == decode.autoregressive(target, PROMPT, settings).tokens
 
 
 # --- distributions --------------------------------------------------------------------------------------------------

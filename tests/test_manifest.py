@@ -61,6 +61,22 @@ def test_atomic_folder_replaces_or_leaves(tmp_path):
     assert [p.name for p in path.parent.iterdir()] == ["folder"]
 
 
+def test_a_file_never_takes_a_folders_place(tmp_path):
+    kept = tmp_path / "folder" / "thesis.txt"
+    manifest.write_text(kept, "years of work")
+    for refused in (
+        lambda: manifest.write_text(tmp_path / "folder", "x"),
+        lambda: manifest.check_writable(kept.parent),
+    ):
+        with pytest.raises(manifest.DiskError, match="folder: a folder stands there; give the name of a file"):
+            refused()
+    assert kept.read_text() == "years of work" and os.listdir(tmp_path) == ["folder"]
+    with pytest.raises(manifest.DiskError, match=r"thesis.txt is no folder; give a folder"):
+        manifest.check_writable(kept / "x.json")
+    manifest.check_writable(tmp_path / "new" / "x.json")
+    assert os.listdir(tmp_path / "new") == []
+
+
 def test_leftovers_of_a_dead_process_are_swept(tmp_path):
     dead = subprocess.Popen(["true"])
     dead.wait()
@@ -79,6 +95,14 @@ def test_frame_and_json(tmp_path):
     assert (tmp_path / "a.csv").read_bytes() == b'x,y\n0.333333,"b, c"\n'
     manifest.write_json(tmp_path / "a.json", {"ü": 1})
     assert json.loads((tmp_path / "a.json").read_text()) == {"ü": 1}
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{", b"\xff\xfe", b"3"])
+def test_what_is_no_object_counts_as_nothing(tmp_path, content):
+    (tmp_path / "manifest.json").write_bytes(content)
+    assert manifest.read_json(tmp_path / "manifest.json") == manifest.read_json(tmp_path / "absent.json") == {}
+    manifest.RunManifest(tmp_path / "manifest.json").update(a=1)
+    assert manifest.read_json(tmp_path / "manifest.json") == {"a": 1}
 
 
 def test_digest_is_canonical():

@@ -495,6 +495,58 @@ def test_a_mix_of_chat_files_with_its_own_held_out_and_a_code_task(toy, monkeypa
     assert Study.open("toy.toml").corpus()["train"].num_rows == 31
 
 
+def test_weights_are_trained_again_for_another_text(toy, made, monkeypatch):
+    for name, count in (("a", 3), ("b", 4)):
+        (toy / name).mkdir()
+        (toy / name / "chats.jsonl").write_text('{"text": "some words"}\n' * count)
+    change(toy, "[target]", '[data]\nsource = "a/chats.jsonl, b/chats.jsonl"\nlength = 64\n[target]')
+
+    def models():
+        """Those that a study of now trains."""
+        made.clear()
+        study = Study.open("toy.toml")
+        study.corpus()
+        study.drafter("eagle")
+        return [call for call in made if call.startswith("train")]
+
+    assert models() == ["train target", "train eagle"] and models() == []
+    assert len(Study.open("toy.toml").corpus()["train"]) == 6
+    (toy / "a" / "chats.jsonl").write_text('{"text": "other words"}\n' * 23)
+    assert not Study.open("toy.toml").ready("eagle")
+    assert models() == ["train target", "train eagle"] and Study.open("toy.toml").ready("eagle")
+    assert len(Study.open("toy.toml").corpus()["train"]) == 25
+    (toy / "b" / "chats.jsonl").unlink()  # weights do without the text
+    assert Study.open("toy.toml").ready("eagle")
+
+
+def test_one_chat_is_too_few(toy):
+    (toy / "one.jsonl").write_text('{"text": "alone"}\n{"text": ""}\n')
+    change(toy, "[target]", '[data]\nsource = "one.jsonl"\nlength = 64\n[target]')
+    with pytest.raises(UserError, match="one.jsonl: 1 record with content; give more"):
+        Study.open("toy.toml").corpus()
+
+
+def test_a_command_is_for_this_very_study(toy, made):
+    assert Study.open("toy.toml").command("run PROFILE") == "`psnb run --profile toy.toml`"
+    elsewhere = Study.open("toy.toml", output=toy / "other")
+    assert elsewhere.command("run PROFILE") == f"`psnb run --profile toy.toml --output {toy / 'other'}`"
+    elsewhere.drafter("eagle")
+    weights(elsewhere.checkpoint("eagle"), 99)
+    with pytest.raises(UserError, match=rf"`psnb run --profile toy.toml --only eagle --fresh --output {toy}/other`"):
+        Study.open("toy.toml", output=toy / "other").drafter("eagle")
+    status = runner.status(elsewhere).set_index("stage")
+    assert status.done["eagle"] == "damaged" and status.done["target"] == "yes"  # it has no spec.json here
+
+
+def test_a_gpu_that_is_not_there_and_a_file_for_a_folder_are_refused(toy, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(UserError, match="--output toy.toml: a file; give a folder"):
+        Study.open("toy.toml", output="toy.toml")
+    change(toy, 'device = "cpu"', 'device = "cuda"')
+    with pytest.raises(UserError, match="device 'cuda', but PyTorch sees no GPU"):
+        Study.open("toy.toml").device  # noqa: B018
+
+
 def test_a_validation_file_is_part_of_the_weights_key(toy):
     before = Study.open("toy.toml")._spec("target")
     assert "validation" not in before["data"]

@@ -118,6 +118,15 @@ def test_the_best_tree_of_linked_slots(nodes):
     assert sorted((worth for _, worth in found), reverse=True) == pytest.approx(able[:nodes], abs=1e-6)
 
 
+def test_rounding_never_puts_a_child_before_its_parent():
+    """Path 0 0 is worth 0, its child 6e-8 more by rounding: the child may not stand first, or alone."""
+    pairs = torch.tensor([[[0.0, -9.0]] * 2, [[6e-8, -9.0]] * 2])
+    for nodes in (1, 2):
+        for given in ((pairs[:, 0], None), (pairs[:, 0], pairs)):
+            shape = BestFirst(2, nodes, 2)(*given)
+            assert shape.parent.tolist() == [0, 1][:nodes] and shape.depth.tolist() == [1, 2][:nodes]
+
+
 @pytest.mark.parametrize(("k", "nodes"), [(1, 50), (2, 40), (3, 5)])
 def test_few_candidates_make_a_large_tree(k, nodes):
     """A slot has more candidates than asked for where the tree could not be filled otherwise."""

@@ -136,7 +136,7 @@ class Layers(nn.Module):
         queries, keys, width = heads(of)
         config = LlamaConfig(
             hidden_size=of.hidden_size,
-            intermediate_size=of.intermediate_size,
+            intermediate_size=getattr(of, "intermediate_size", None) or 4 * of.hidden_size,
             num_hidden_layers=count,
             num_attention_heads=queries,
             num_key_value_heads=keys,
@@ -152,9 +152,11 @@ class Layers(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-        vectors = [getattr(part, "weight", None) for part in target.model.base_model.children()]
-        if norms := [w for w in vectors if isinstance(w, Tensor) and w.ndim == 1]:
-            self.norm.weight.data.copy_(norms[-1].data)
+        norms = [part for part in target.model.base_model.children() if getattr(part, "weight", torch.eye(1)).ndim == 1]
+        if norms:
+            last, ones = norms[-1], torch.ones_like(norms[-1].weight)
+            scale = last(ones) if "RMS" in type(last).__name__ else last.weight  # Gemma's scales by 1 + weight
+            self.norm.weight.data.copy_(scale.data)
 
     def forward(self, hidden: Tensor, place: Tensor, mask: Mask | None, cache: Any = None) -> Tensor:
         """hidden [B, R, H], place [B, R], mask bool [B, 1, R, keys], the rows of groups, or None (all keys).
