@@ -292,6 +292,7 @@ def run(
         raise UserError(f"texts = {texts}: between 1 and {ROWS} can be judged")
     if min(ks) < 1:
         raise UserError(f"ks = {list(ks)}: chains have 1 token or more")
+    study = study.for_training()
     path, spec = study.results / NAME, study.profile.drafters[base]
     done = pd.read_csv(path, dtype={"batch": str}) if path.is_file() else pd.DataFrame(columns=COLUMNS)
     target = study.target()

@@ -20,9 +20,9 @@ import pandas as pd
 from matplotlib.font_manager import FontProperties
 from matplotlib.mathtext import math_to_image
 
-from psnb import manifest
+from psnb import manifest, measure
 from psnb.errors import UserError
-from psnb.measure import BASELINES, COLUMNS
+from psnb.measure import ARM, BASELINES, COLUMNS, Arm
 from psnb.plots import at_best, order, pick, shape_name, with_k
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ Goal = tuple[str, str, float, Found]  # what, at most or at least or above, the 
 MIDDLE = 0.7  # the temperature at which the study states its main numbers
 SIBLINGS = {"eagle-ps": "eagle", "medusa-ps": "medusa"}
 LARGE = ("llama-2-7b x 1", "llama-2-13b x 1")  # where reading the weights is most of a plain step
+Runs = dict[str, pd.DataFrame]  # `measure.run`'s rows behind the stages of a summary
+TABLES = {SPEEDUP: ("04_runs",), LENGTHS: ("03_runs",), LOSSLESS: ("05_rules", "05_sizes")}  # where they lie
 
 
 # --- numbers --------------------------------------------------------------------------------------------------------
@@ -49,13 +51,22 @@ def load(path: Path) -> pd.DataFrame:
     return with_k(pd.read_csv(path, keep_default_na=False, na_values=numbers))
 
 
-def found(summary: pd.DataFrame, metric: str, method: str, **where: Any) -> Found:
-    """One number with its interval: the row measured on the most prompts; None where there is none."""
+def line(summary: pd.DataFrame, metric: str, method: str, **where: Any) -> pd.Series | None:
+    """One row: that measured on the most prompts; None where there is none."""
     rows = pick(summary, metric, method=method, **where).sort_values("n")
-    if rows.empty:
+    return None if rows.empty else rows.iloc[-1]
+
+
+def _number(row: pd.Series | None) -> Found:
+    if row is None:
         return None
-    at, low, high = rows[["value", "low", "high"]].astype(float).iloc[-1]
+    at, low, high = row[["value", "low", "high"]].astype(float)
     return (at, at, at) if math.isnan(low) or math.isnan(high) else (at, low, high)
+
+
+def found(summary: pd.DataFrame, metric: str, method: str, **where: Any) -> Found:
+    """The number of `line` with its interval."""
+    return _number(line(summary, metric, method, **where))
 
 
 def value(summary: pd.DataFrame, metric: str, method: str, **where: Any) -> float | None:
@@ -77,6 +88,34 @@ def over(above: Found, below: Found) -> Found:
         return at, at, at
     (a, a_low, a_high), (b, b_low, b_high) = (tuple(map(math.log, ends)) for ends in (above, below))
     return at, at / math.exp(math.hypot(a - a_low, b_high - b)), at * math.exp(math.hypot(a_high - a, b - b_low))
+
+
+def runs(results: Path) -> Runs:
+    """The generations behind the rows of summary.csv, by stage, as far as their tables lie beside it."""
+    wanted = {*ARM, "temperature", "prompt", "repeat", "tokens", "decode_s", "histogram", "stopped"}
+    made = {}
+    for stage, names in TABLES.items():
+        paths = [path for name in names if (path := results / f"{name}.csv").is_file()]
+        tables = [pd.read_csv(path, usecols=lambda name: name in wanted, keep_default_na=False) for path in paths]
+        made |= {stage: pd.concat(tables, ignore_index=True)} if tables else {}
+    return made
+
+
+def beside(runs: Runs, above: pd.Series | None, below: pd.Series | None) -> Found:
+    """The ratio of two rows of a summary with its interval: paired by prompt where their generations are known."""
+    if above is None or below is None:
+        return None
+    table = runs.get(above["stage"])
+    if table is not None and below["stage"] == above["stage"]:
+        arms = []
+        for row in (above, below):
+            rule, metric = re.fullmatch(r"(?:(rejection|block)_)?(.*)", row["metric"]).groups()
+            arms.append(Arm(row["method"], int(row["k"]), row["tree"], int(row["nodes"]), rule or "coupled"))
+        metric = "tokens_per_second" if metric == "speedup_vs_plain" else metric
+        paired = measure.beside(table, *arms, above["temperature"], metric)
+        if paired is not None:
+            return paired
+    return over(_number(above), _number(below))
 
 
 def met(sign: str, bound: float, measured: Found) -> str:
@@ -271,16 +310,17 @@ def drafting_goals(summary: pd.DataFrame, gpu: bool = False) -> dict[str, Goal]:
     return made
 
 
-def goals(summary: pd.DataFrame, gpu: bool = False, dtype: str = "float32") -> pd.DataFrame:
+def goals(summary: pd.DataFrame, gpu: bool = False, dtype: str = "float32", runs: Runs | None = None) -> pd.DataFrame:
     """What the study set out to show, on a CPU or on a GPU: goal, wanted, measured (95 % interval), met (see `met`).
 
-    `dtype` is the format in which the study's target was compared with plain decoding.
+    `dtype` is the format in which the study's target was compared with plain decoding. With `runs` intervals of ratios
+    are paired by prompt.
     """
-    counts, at, k = lossless(summary), best(summary, MIDDLE), 5
+    counts, at, k, runs = lossless(summary), best(summary, MIDDLE), 5, runs or {}
     same_k = pick(with_k(summary), stage=LENGTHS, task="all", temperature=MIDDLE, k=k, tree="chain")
 
     def versus(rows: pd.DataFrame, metric: str) -> Found:
-        return over(*(found(rows, metric, method) for method in ("eagle-ps", "eagle")))
+        return beside(runs, *(line(rows, metric, method) for method in ("eagle-ps", "eagle")))
 
     table = []
     for of, toy in (("random toy models in float64", True), (f"the target in {dtype}", False)):
@@ -296,16 +336,21 @@ def goals(summary: pd.DataFrame, gpu: bool = False, dtype: str = "float32") -> p
         *drafting_goals(summary, gpu).values(),
         (f"slot 0 acceptance, eagle-ps over eagle, k = {k}, {heat}", "at least", 0.97, versus(same_k, "accept_cond_0")),
         (f"tokens per step, eagle-ps over eagle, k = {k}, {heat}", "at least", 0.9, versus(same_k, "tokens_per_step")),
-        (f"tokens per step, eagle-ps over eagle at equal drafting time, {heat}", "above", 1, _equal_time(summary)),
+        (
+            f"tokens per step, eagle-ps over eagle at equal drafting time, {heat}",
+            "above",
+            1,
+            _equal_time(summary, runs),
+        ),
     ]
     if gpu:
-        own += [*_sibling_goals(summary), *_cost_goals(summary)]
+        own += [*_sibling_goals(summary, runs), *_cost_goals(summary)]
     else:
         speed = found(at, "speedup_vs_plain", "eagle-ps")
         own.append((f"eagle-ps with its best draft over plain decoding, {heat}", "at least", 1.5, speed))
         against = versus(at, "speedup_vs_plain")
         own.append((f"eagle-ps over eagle, each with its best draft, {heat}", "above", 1, against))
-    for what, sign, bound, measured in (*own, *_tree_goals(summary, gpu)):
+    for what, sign, bound, measured in (*own, *_tree_goals(summary, gpu, runs)):
         table.append((what, f"{sign} {bound:.3g}", _shown(measured), met(sign, bound, measured)))
     return pd.DataFrame(table, columns=["goal", "wanted", "measured", "met"])
 
@@ -322,7 +367,7 @@ def _point(number: float | None) -> Found:
     return None if number is None else (number, number, number)
 
 
-def _equal_time(summary: pd.DataFrame) -> Found:
+def _equal_time(summary: pd.DataFrame, runs: Runs) -> Found:
     """Tokens per step of eagle-ps' best chain over those of the longest chain that eagle drafts in the same time."""
     times = pick(with_k(summary), "draft_ms", stage=DRAFT_TIMES).set_index(["method", "k"]).value
     rows = pick(with_k(summary), "tokens_per_step", stage=LENGTHS, tree="chain", task="all", temperature=MIDDLE)
@@ -332,16 +377,17 @@ def _equal_time(summary: pd.DataFrame) -> Found:
     ours = steps["eagle-ps"].idxmax()
     able = [k for k in steps["eagle"].index if times["eagle"].get(k, 0) <= times["eagle-ps"].get(ours, 0)]
     theirs = max(able, default=min(steps["eagle"].index))
-    return over(*(found(rows, "tokens_per_step", m, k=k) for m, k in (("eagle-ps", ours), ("eagle", theirs))))
+    pairs = ("eagle-ps", ours), ("eagle", theirs)
+    return beside(runs, *(line(rows, "tokens_per_step", method, k=k) for method, k in pairs))
 
 
-def _sibling_goals(summary: pd.DataFrame) -> list[Goal]:
+def _sibling_goals(summary: pd.DataFrame, runs: Runs) -> list[Goal]:
     """Each parallel drafter (`eagle-ps`, `eagle-ps-alone`, ...) over its sibling in speed at their best, all tasks."""
     made: list[Goal] = []
     for kind, bound in (("medusa-ps", 1.62), ("eagle-ps", 1.25)):
         for method, t in product(siblings(summary, kind), temperatures(summary)):
             at, other = best(summary, t), SIBLINGS[kind]
-            speed = over(*(found(at, "speedup_vs_plain", m) for m in (method, other)))
+            speed = beside(runs, *(line(at, "speedup_vs_plain", m) for m in (method, other)))
             made.append((f"{method} over {other}, each with its best draft, T = {t:g}", "at least", bound, speed))
     return made
 
@@ -372,25 +418,19 @@ def _cost_goals(summary: pd.DataFrame) -> list[Goal]:
     return made
 
 
-def _tree_goals(summary: pd.DataFrame, gpu: bool = False) -> list[Goal]:
+def _tree_goals(summary: pd.DataFrame, gpu: bool, runs: Runs) -> list[Goal]:
     """Goals of trees and rules: (goal, sign, bound, measured). On a GPU trees are the engine's, timed in notebook 7."""
     rows = pick(with_k(summary), stage=LOSSLESS, task="all")
     at, hot, heat = rows[(rows.temperature - MIDDLE).abs() < 0.01], rows[rows.temperature == 1.0], f"T = {MIDDLE:g}"
 
-    def steps(frame: pd.DataFrame, method: str, metric: str = "tokens_per_step", **where: Any) -> Found:
+    def most(frame: pd.DataFrame, method: str, metric: str | list[str] = "tokens_per_step", **where: Any):
         some = pick(frame, metric, method=method, **where)
-        return None if some.empty else found(some.loc[[some.value.idxmax()]], metric, method)
+        return None if some.empty else some.loc[some.value.idxmax()]
 
-    def least(ratios: Sequence[Found]) -> Found:
-        return min((each for each in ratios if each), default=None)
-
-    same = least(
-        [
-            over(*(steps(at, "eagle-ps", tree=tree, nodes=n) for tree in ("best_first", "static")))
-            for n in at[(at.method == "eagle-ps") & (at.tree == "static")].nodes.unique()
-        ]
-    )
-    wide = over(steps(at, "eagle-ps", tree="best_first", nodes=16), steps(at, "eagle-ps", tree="chain"))
+    sizes = at[(at.method == "eagle-ps") & (at.tree == "static")].nodes.unique()
+    pairs = [[most(at, "eagle-ps", tree=tree, nodes=n) for tree in ("best_first", "static")] for n in sizes]
+    same = min((each for pair in pairs if (each := beside(runs, *pair))), default=None)
+    wide = beside(runs, most(at, "eagle-ps", tree="best_first", nodes=16), most(at, "eagle-ps", tree="chain"))
     made: list[Goal] = [
         (f"tokens per step of eagle-ps, best_first 16 over chain, {heat}", "at least", 1.15, wide),
         (
@@ -401,9 +441,9 @@ def _tree_goals(summary: pd.DataFrame, gpu: bool = False) -> list[Goal]:
         ),
     ]
     for method, kind in (("eagle", "dynamic"), ("eagle-ps", "best_first")):
-        chains = [steps(hot, method, f"{rule}tokens_per_step", tree="chain") for rule in ("", "rejection_", "block_")]
-        rule, tree = over(*chains[:2]), steps(hot, method, tree=kind, nodes=16)
-        grown = over(tree, max((each for each in chains if each), default=None))
+        rules = [f"{rule}tokens_per_step" for rule in ("", "rejection_", "block_")]
+        rule = beside(runs, *(most(hot, method, each, tree="chain") for each in rules[:2]))
+        grown = beside(runs, most(hot, method, tree=kind, nodes=16), most(hot, method, rules, tree="chain"))
         made += [
             (f"tokens per step of {method}, coupled chain over rejection, T = 1", "at least", 0.88, rule),
             (f"tokens per step of {method}, coupled tree of 16 over its best chain, T = 1", "above", 1, grown),
@@ -483,54 +523,48 @@ def training_rows(training: pd.DataFrame, stage: str) -> pd.DataFrame:
 # --- claims ---------------------------------------------------------------------------------------------------------
 
 
-def _versus(summary: pd.DataFrame, method: str, other: str, stated: float, what: str) -> tuple[str, str]:
-    """A parallel drafter beside its older sibling at every temperature: (measured, verdict)."""
-    rows, texts = best(summary), []
-    speeds: dict[float, float] = {}
-    overlap, slow = [], []
+def _versus(summary: pd.DataFrame, method: str, other: str, stated: float, what: str, runs: Runs) -> tuple[str, str]:
+    """A parallel drafter beside its older sibling at every temperature: (measured, verdict by the intervals)."""
+    rows, texts, words, slow = best(summary), [], {}, []
+    said: dict[str, list[float]] = {"faster": [], "slower": [], "undecided": []}
     for t in temperatures(summary):
         at = pick(rows, temperature=t)
-        pair = [found(at, "speedup_vs_plain", m) for m in (method, other)]
-        speed = over(*pair)
+        pair = [line(at, "speedup_vs_plain", m) for m in (method, other)]
+        speed = beside(runs, *pair)
         if speed is None:
             continue
-        speeds[t] = round(speed[0], 2)
         steps = [value(at, "tokens_per_step", m) or math.nan for m in (other, method)]
-        texts.append(f"T = {t:g}: {speed[0]:.2f}x, tokens per step {steps[0]:.2f} -> {steps[1]:.2f}")
-        if all(each[1] < each[2] for each in pair) and max(p[1] for p in pair) <= min(p[2] for p in pair):
-            overlap.append(t)
-        if all(each[0] < 1 for each in pair):
+        texts.append(f"T = {t:g}: {_spread(speed)}x, tokens per step {steps[0]:.2f} -> {steps[1]:.2f}")
+        word = "faster" if speed[1] > 1 else "slower" if speed[2] < 1 else "undecided"
+        said[word].append(t)
+        words[t] = word if word == "undecided" else f"{word} by {abs(speed[0] - 1):.0%}"
+        if all(each["value"] < 1 for each in pair):
             slow.append(t)
-    if not speeds:
+    if not words:
         return "", "not measured"
-    words = {
-        t: f"faster by {x - 1:.0%}" if x > 1 else f"slower by {1 - x:.0%}" if x < 1 else "as fast"
-        for t, x in speeds.items()
-    }
-    held, lost = [t for t, x in speeds.items() if x > 1], [t for t, x in speeds.items() if x <= 1]
-    verdict = (
-        f"does not hold here: {_at(words)}"
-        if not held
-        else f"holds in direction{f' at {_heats(held)}, not at {_heats(lost)}' if lost else ''}: {_at(words)}; "
-        f"{what} is {stated - 1:.0%}"
-    )
-    if overlap:
-        verdict += f"; the 95 % intervals of their speedups overlap at {_heats(overlap)}"
+    held, lost, rest = said.values()
+    where = f" at {_heats(held or lost)}" if len(held or lost) < len(words) else ""
+    verdict = f"holds in direction{where}" if held else f"does not hold here{where}"
+    verdict += f": {_at(words)}" + (f"; {what} is {stated - 1:.0%}" if held else "")
+    if not (held or lost):
+        verdict = f"undecided at {_heats(rest)}"
     if slow:
         verdict += f"; both are slower than plain decoding at {_heats(slow)}"
     return f"{draft_name(rows, method)}, over {draft_name(rows, other)}: {'; '.join(texts)}", verdict
 
 
-def claims(summary: pd.DataFrame, training: pd.DataFrame, facts: dict[str, Any] | None = None) -> pd.DataFrame:
+def claims(
+    summary: pd.DataFrame, training: pd.DataFrame, facts: dict[str, Any] | None = None, runs: Runs | None = None
+) -> pd.DataFrame:
     """Every claim of the paper that we may quote, its source, what was measured, and a verdict from the numbers.
 
-    `facts` is the run's manifest: it tells machine, prompts, and what each drafter is.
+    `facts` is the run's manifest: it tells machine, prompts, and what each drafter is. `runs`: see `goals`.
     """
     facts = facts or {}
     return pd.DataFrame(
         [
             _drafting_claim(summary, on_gpu(facts)),
-            *_speed_claims(summary, facts),
+            *_speed_claims(summary, facts, runs or {}),
             _best_claim(summary, facts),
             _cost_claim(training, facts),
         ],
@@ -555,7 +589,7 @@ def _drafting_claim(summary: pd.DataFrame, gpu: bool) -> Claim:
     return claim, "motivation", text, verdict
 
 
-def _speed_claims(summary: pd.DataFrame, facts: dict[str, Any]) -> list[Claim]:
+def _speed_claims(summary: pd.DataFrame, facts: dict[str, Any], runs: Runs) -> list[Claim]:
     made = []
     for kind, stated, what, claim, source in (
         (
@@ -575,7 +609,7 @@ def _speed_claims(summary: pd.DataFrame, facts: dict[str, Any]) -> list[Claim]:
         ),
     ):
         for method in siblings(summary, kind) or [kind]:
-            text, verdict = _versus(summary, method, SIBLINGS[kind], stated, what)
+            text, verdict = _versus(summary, method, SIBLINGS[kind], stated, what, runs)
             if text and _drafter(facts, method).get("link"):
                 verdict += f"; {method} has a link between its slots (notebook 2), which is this study's addition"
             made.append((claim, source, text, verdict))
@@ -601,7 +635,9 @@ def _best_claim(summary: pd.DataFrame, facts: dict[str, Any]) -> Claim:
         text += "".join(f"; {each}" for each in _static(summary))
         data = (facts.get("settings") or {}).get("data")
         prompts = f", prompts: {asked(data)}" if data else ""
-        verdict = f"not comparable (another model and machine{prompts}); shown for orientation"
+        path = str(((facts.get("settings") or {}).get("target") or {}).get("path") or "").lower()
+        other = "another machine" if "llama-2-13b" in path else "another model and machine"
+        verdict = f"not comparable ({other}{prompts}); shown for orientation"
     return "2.84x overall, Llama-2-13B, Spec-Bench, batch 1", "abstract", text, verdict
 
 
@@ -638,11 +674,11 @@ def training_cost(training: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["stage", "steps", "tokens", "seconds", "ms_a_step"])
 
 
-def shortfalls(summary: pd.DataFrame, gpu: bool = False) -> list[str]:
-    """What did not come out as the paper or the goals say, each with the numbers that explain it."""
+def shortfalls(summary: pd.DataFrame, gpu: bool = False, dtype: str = "float32", runs: Runs | None = None) -> list[str]:
+    """What did not come out as the paper or the goals say, each with the numbers that explain it (see `goals`)."""
     said = [
         f"**{row.goal}**: wanted {row.wanted}, measured {row.measured}."
-        for row in goals(summary, gpu).itertuples()
+        for row in goals(summary, gpu, dtype, runs).itertuples()
         if row.met == "no"
     ]
     pairs = [(method, other) for kind, other in SIBLINGS.items() for method in siblings(summary, kind)]
@@ -650,7 +686,7 @@ def shortfalls(summary: pd.DataFrame, gpu: bool = False) -> list[str]:
     for (method, other), t in product(pairs, temperatures(summary)):
         at = best(summary, t)
         rate = ratio(*(1.0 if m == "plain" else value(at, "speedup_vs_plain", m) for m in (method, other)))
-        if rate is not None and rate <= (1.5 if other == "plain" and not gpu else 1):
+        if rate is not None and rate <= 1:
             said.append(split(summary, method, other, t))
     return [text for text in said if text]
 
@@ -734,14 +770,6 @@ def readme_block(summary: pd.DataFrame, facts: dict[str, Any], profile: str, run
     )
 
 
-def _runs(results: Path) -> pd.DataFrame | None:
-    """The speedup notebook's rows beside a summary.csv."""
-    path = results / "04_runs.csv"
-    return (
-        pd.read_csv(path, usecols=lambda name: name in ("method", "temperature", "stopped")) if path.is_file() else None
-    )
-
-
 def readme(readme: Path, summary: Path) -> None:
     """Rewrites README's results block from a summary.csv and the manifest beside it.
 
@@ -756,7 +784,7 @@ def readme(readme: Path, summary: Path) -> None:
     facts, rows = manifest.RunManifest(summary.parent / "manifest.json").read(), load(summary)
     if best(rows).empty:
         raise UserError(f"{summary} has no rows of {SPEEDUP}: run it first")
-    block = readme_block(rows, facts, profile, _runs(summary.parent))
+    block = readme_block(rows, facts, profile, runs(summary.parent).get(SPEEDUP))
     manifest.write_text(Path(readme), f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}")
 
 
@@ -877,8 +905,8 @@ TERMS = (  # what stands on the first page, and what it means
 )
 
 
-def lead(summary: pd.DataFrame, facts: dict[str, Any]) -> list[str]:
-    """The page in a few sentences: what was studied and on which card, how fast, how many goals are met."""
+def lead(summary: pd.DataFrame, facts: dict[str, Any], judged: pd.DataFrame) -> list[str]:
+    """The page in a few sentences: what was studied and on which card, how fast, how many goals of `judged` are met."""
     title, machine = str(facts.get("title") or ""), facts.get("machine") or {}
     card = machine.get("gpu") or machine.get("cpu")
     said = [f"{title[:1].upper()}{title[1:]}." if title else "", f"It ran on {card}." if card else "", setting(facts)]
@@ -904,18 +932,17 @@ def lead(summary: pd.DataFrame, facts: dict[str, Any]) -> list[str]:
                 f"{name} at batch 1: {shape}, is fastest, {top.value:.2f} times as fast as plain decoding "
                 "at the replayed acceptance."
             )
-    judged = _judged(summary, facts).met.value_counts()
-    if len(judged):
-        of = ", ".join(
-            f"{judged[word]} {word}" for word in ("yes", "no", "undecided", "not measured") if word in judged
-        )
-        said.append(f"Of {judged.sum()} goals: {of}.")
+    counts = judged.met.value_counts()
+    if len(counts):
+        words = ("yes", "no", "undecided", "not measured")
+        of = ", ".join(f"{counts[word]} {word}" for word in words if word in counts)
+        said.append(f"Of {counts.sum()} goals: {of}.")
     return [text for text in said if text]
 
 
-def _judged(summary: pd.DataFrame, facts: dict[str, Any]) -> pd.DataFrame:
+def _judged(summary: pd.DataFrame, facts: dict[str, Any], runs: Runs) -> pd.DataFrame:
     """The goals of a run; of a profile of few notebooks those that it measured."""
-    table = goals(summary, on_gpu(facts), dtype=facts.get("dtype") or "float32")
+    table = goals(summary, on_gpu(facts), facts.get("dtype") or "float32", runs)
     return table[table.met != "not measured"] if (facts.get("settings") or {}).get("stages") else table
 
 
@@ -938,11 +965,15 @@ def _front(facts: dict[str, Any], results: Path) -> str:
         tables["Claims of the paper"] = told[told.verdict != "not measured"] if few else told
     if (results / "summary.csv").is_file():
         summary = load(results / "summary.csv")
-        parts.append(_paragraph(lead(summary, facts)))
-        tables |= {"Headline": headline(summary), "Goals": _judged(summary, facts)}
-        below["Headline"] = _paragraph(notes(summary, _runs(results)))
+        generations = runs(results)
+        tables |= {"Headline": headline(summary), "Goals": _judged(summary, facts, generations)}
+        parts.append(_paragraph(lead(summary, facts, tables["Goals"])))
+        below["Headline"] = _paragraph(notes(summary, generations.get(SPEEDUP)))
         if tables["Goals"].measured.str.contains(" to ").any():
-            about = "Numbers in brackets are 95 % intervals; a goal whose bound lies within them is undecided."
+            about = (
+                "Numbers in brackets are 95 % intervals; a goal whose bound lies within them is undecided. Ratios of "
+            )
+            about += "what was generated from the same prompts are paired by prompt."
             below["Goals"] = _paragraph([about])
     tables = {name: frame for name, frame in tables.items() if len(frame)}
     shown = [

@@ -16,6 +16,7 @@ A *stage* is addressed by the hash of what it depends on:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -203,8 +204,7 @@ class Study:
         if self.device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            shape = self.profile.target
-            sizes = shape.hidden_size, shape.intermediate_size, shape.layers
+            sizes = self._sizes()
             key = digest([*sizes, torch.__version__, manifest.machine_name(manifest.machine())])
             found = read_json(self.cache / FORMAT)
             if found.get("key") != key:
@@ -212,6 +212,19 @@ class Study:
                 manifest.write_json(self.cache / FORMAT, found)
             fast = found["bfloat16"]
         return self.computing_in("bfloat16") if fast else self
+
+    def _sizes(self) -> tuple[int, int, int]:
+        """Width, inner width and layers of the target: of a model that is loaded its own, where it can be asked."""
+        shape = self.profile.target
+        found = {}
+        if shape.path:
+            from transformers import AutoConfig
+
+            with contextlib.suppress(OSError, ValueError, UserError):
+                found = AutoConfig.from_pretrained(self._path()).to_dict()
+        width, layers = found.get("hidden_size", shape.hidden_size), found.get("num_hidden_layers", shape.layers)
+        inner = found.get("intermediate_size") or (4 * width if found else shape.intermediate_size)
+        return width, inner, layers
 
     def for_training(self) -> Study:
         """This study in the number format that drafters are trained in: on a CPU float32, with no autocast there."""
