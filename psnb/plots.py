@@ -450,7 +450,7 @@ def tree_kinds(summary: pd.DataFrame, **where: Any) -> Figure:
     for ax, method in zip(axes, methods, strict=False):
         part = rows[rows.method == method]
         part = part.assign(method=part.tree.replace("", "chain")).sort_values("nodes")
-        _lines(ax, part, "nodes", "value", dodge=0.015 * rows.nodes.max())
+        _lines(ax, part, "nodes", "value", dodge=0.3)
         ax.set(title=method, xlabel="drafted nodes N", ylabel=LABELS["tokens_per_step"] if ax is axes[0] else "")
     _legend_right(axes[-1], *axes[:-1])
     return figure

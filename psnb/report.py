@@ -216,7 +216,7 @@ def notes(summary: pd.DataFrame, runs: pd.DataFrame | None = None) -> list[str]:
     said = [
         f"Speedups are ratios of total tokens per decode second, with 95 % bootstrap intervals over "
         f"{'the' if speeds.empty else f'{speeds.n.max():.0f}'} prompts; each drafter has one draft, its best over the "
-        "temperatures.",
+        "temperatures: k tokens in a row, or a tree of so many nodes, k deep.",
         "*x plain* is against plain decoding in the same engine; tokens per step counts the target's own token.",
     ]
     few = pick(rows, "tokens_per_second", method="hf_generate").n.max()
