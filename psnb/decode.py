@@ -73,7 +73,13 @@ class Generation:
 
     @property
     def whole_rounds(self) -> list[Round]:
-        """Rounds that no limit cut: those that acceptance is counted over."""
+        """Rounds that acceptance is counted over: all but one that an end token or the repetition stop cut.
+
+        One that the limit of tokens cut counts with all it accepted: a long round is the likeliest to be cut, so to
+        leave it out would make rounds look shorter than they are (with it, their mean is right: Wald's identity).
+        """
+        if self.stopped == "length":
+            return self.rounds
         return [r for r in self.rounds if r.start + r.accepted + 1 <= len(self.tokens)]
 
     @property

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import toys
@@ -152,6 +153,19 @@ def test_the_repetition_stop_fires_after_repeated_8_grams():
     assert generation.stopped == "length" and generation.repeated == 3
     stops.add([0, 1, 2])  # 9 0 and so on are repeats too: the fourth stops
     assert generation.stopped == "repeat" and len(generation.tokens) == 21
+
+
+def test_the_round_that_the_limit_cuts_counts_whole():
+    """Rounds of 1 to 4 tokens in turn until 10: to leave the cut one out would shorten them; after an end it goes."""
+    rounds = [decode.Round(start, [7] * 3, accepted) for start, accepted in ((1, 2), (4, 3), (8, 3))]
+    made = Generation([1], list(range(10)), rounds)
+    assert made.whole_rounds == rounds and made.tokens_per_step == pytest.approx(1 + 8 / 3)
+    made.stopped = "stop"
+    assert made.whole_rounds == rounds[:2] and made.tokens_per_step == pytest.approx(1 + 5 / 2)
+    lengths = np.random.default_rng(0).integers(1, 5, (4000, 12))  # of rounds, 2.5 tokens on average
+    counts = (lengths.cumsum(1) < 10).sum(1) + 1  # those that begin before the tenth token
+    given = sum(row[:n].sum() for row, n in zip(lengths, counts, strict=True))
+    assert given / counts.sum() == pytest.approx(2.5, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -161,10 +161,10 @@ def test_engines_of_a_gpu_are_compiled_as_asked(compiled, monkeypatch):
         return lambda method, prompt, settings: decode.autoregressive(of, prompt, settings)
 
     monkeypatch.setattr(measure, "Engines", engines)
-    target = SimpleNamespace(device=torch.device("cuda"), stop_tokens=())
+    target = SimpleNamespace(device=torch.device("cuda"), stop_tokens=(), context=99)
     budget = {"arms": measure.chains({"plain": [0]}), "temperatures": [0.7], "max_new_tokens": 8}
     runs = measure.run(target, {}, prompts(), compiled=compiled, **budget)
-    assert made == [{"compile_layers": compiled}] and len(runs) == 4
+    assert made == [{"compile_layers": compiled, "length": 5 + 8}] and len(runs) == 4  # five tokens a prompt
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
