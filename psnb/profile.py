@@ -72,7 +72,8 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """The frozen causal LM p: `path` names a folder or a hub model; empty, a Llama of this shape is trained."""
+    """The frozen causal LM p: `path` names a folder (from the project's folder) or a hub model; empty, a Llama of this
+    shape is trained."""
 
     path: str = ""
     chat_template: str = ""  # Jinja; empty: the tokenizer's own
