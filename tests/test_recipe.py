@@ -126,6 +126,7 @@ def test_a_grid_goes_on_where_it_was(target, tmp_path):
         profile=dataclasses.replace(load("smoke"), name="toy", drafters=drafters),
         target=lambda: target,
         _training_rows=lambda name="target": (rows, rows),
+        for_training=lambda: study,
     )
     two = [recipe.Variant("base"), recipe.Variant("shared masks", {"mask_mode": "shared"})]
     assert recipe.load(study).empty
