@@ -239,7 +239,7 @@ class Sampler:
                 worth = logits
             elif self.rule == "coupled":
                 noise = self.noise.rows(self.start + slots.start, slots.stop - slots.start)
-                worth = warp(logits, of.temperature / of.sharpen, of.top_k, of.top_p) + noise
+                worth = perturb(logits, of.temperature / of.sharpen, noise, of.top_k, of.top_p)
             else:
                 worth = self.warp(logits)
             if drawn:

@@ -144,7 +144,11 @@ def perturb(logits: Tensor, temperature: float, noise: Tensor | None, top_k: int
 
     arg max of log p / T + G is a sample of softmax(logits / T) (Gumbel's trick); log p and logits differ by a constant.
     """
-    return logits if temperature == 0 else warp(logits, temperature, top_k, top_p) + noise
+    if temperature == 0:
+        return logits
+    if not top_k and top_p >= 1:  # one pass over the table
+        return torch.add(noise, _wide(logits), alpha=1 / temperature)
+    return warp(logits, temperature, top_k, top_p) + noise
 
 
 def without_replacement(logits: Tensor, noise: Tensor, width: int) -> Tensor:
