@@ -534,7 +534,8 @@ def _versus(summary: pd.DataFrame, method: str, other: str, stated: float, what:
         if speed is None:
             continue
         steps = [value(at, "tokens_per_step", m) or math.nan for m in (other, method)]
-        texts.append(f"T = {t:g}: {_spread(speed)}x, tokens per step {steps[0]:.2f} -> {steps[1]:.2f}")
+        times = _spread(speed).replace(" ", "x ", 1)
+        texts.append(f"T = {t:g}: {times}, tokens per step {steps[0]:.2f} -> {steps[1]:.2f}")
         word = "faster" if speed[1] > 1 else "slower" if speed[2] < 1 else "undecided"
         said[word].append(t)
         words[t] = word if word == "undecided" else f"{word} by {abs(speed[0] - 1):.0%}"

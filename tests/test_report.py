@@ -302,7 +302,7 @@ def test_a_verdict_speaks_of_every_temperature(summary, training):
     at = report.headline(mixed).set_index("method")
     ours, theirs = (first(at["x plain, T = 1"][m]) for m in ("eagle-ps", "eagle"))
     line = report.claims(mixed, training).measured[2]
-    assert float(re.search(r"T = 1: ([\d.]+) ", line)[1]) == pytest.approx(ours / theirs, abs=0.01)
+    assert float(re.search(r"T = 1: ([\d.]+)x ", line)[1]) == pytest.approx(ours / theirs, abs=0.01)
     assert line.startswith(f"eagle-ps, {at.draft['eagle-ps']}, over eagle, {at.draft['eagle']}: ")
     slow = changed(mixed, "speedup_vs_plain", 0.8, method="eagle", stage="04_speedup", temperature=0.0)
     assert "both are slower than plain decoding at T = 0" in report.claims(slow, training).verdict[2]
