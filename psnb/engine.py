@@ -672,11 +672,6 @@ class Engine:
             if cache is not None:  # transformers' caches of no layers are false
                 cache.close()
 
-    @property
-    def peak_bytes(self) -> int:
-        """Most memory that was in use on the GPU since the process began (0 on a CPU)."""
-        return torch.cuda.max_memory_allocated() if self.target.device.type == "cuda" else 0
-
 
 class Engines:
     """Generation by a method's name, each way of decoding with an engine of its own, made at its first use.

@@ -273,7 +273,7 @@ def test_parts_are_timed_and_change_nothing():
     taken = engine.parts(PROMPT, repeats=2)
     assert set(taken) == {*PARTS, "round"} and min(taken.values()) > 0
     assert Engine(target, engine.drafter, engine.settings).parts(PROMPT, 2, ["draft"]).keys() == {"draft"}
-    assert engine.generate([PROMPT])[0].tokens == before and engine.peak_bytes == 0 == engine.capture_seconds
+    assert engine.generate([PROMPT])[0].tokens == before and engine.capture_seconds == 0
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
@@ -371,5 +371,5 @@ def test_graphs_give_what_eager_decoding_gives(kind, attention, compiled):
         made = engine.generate(PROMPTS, range(4))
         if dtype == torch.float64:
             assert_same(made, target, drafter, PROMPTS, settings, range(4))
-        assert [len(one.tokens) for one in made] == [40] * 4 and engine.capture_seconds > 0 < engine.peak_bytes
+        assert [len(one.tokens) for one in made] == [40] * 4 and engine.capture_seconds > 0
         assert min(engine.parts(PROMPT, repeats=2).values()) > 0
