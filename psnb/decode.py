@@ -25,6 +25,7 @@ from psnb.verify import Noise, Verdict, best, block, perturb, rejection, walk, w
 
 RULES = ("coupled", "rejection", "block")  # above T = 0, where all are `greedy`
 GRAM = 8  # tokens of a repeat
+COLDEST = 1e-6  # temperature above 0: below, float32 does not hold logits / T
 PARTS = ("prefill", "draft", "verify", "commit", "host")
 
 
@@ -73,12 +74,12 @@ class Generation:
 
     @property
     def whole_rounds(self) -> list[Round]:
-        """Rounds that acceptance is counted over: all but one that an end token or the repetition stop cut.
+        """Rounds that acceptance is counted over: all but one that an end token cut, whose rest nobody asked for.
 
-        One that the limit of tokens cut counts with all it accepted: a long round is the likeliest to be cut, so to
-        leave it out would make rounds look shorter than they are (with it, their mean is right: Wald's identity).
+        One that a limit cut counts with all it accepted: a long round is the likeliest to be cut, so to leave it out
+        would make rounds look shorter than they are (with it, their mean is right: Wald's identity).
         """
-        if self.stopped == "length":
+        if self.stopped != "stop":
             return self.rounds
         return [r for r in self.rounds if r.start + r.accepted + 1 <= len(self.tokens)]
 
@@ -127,8 +128,8 @@ def check(target: Target, prompt: Sequence[int], settings: Settings, drafter: Dr
     """Refuse, before any work, what cannot be decoded. Raises `UserError`."""
     if not len(prompt):
         raise UserError("the prompt is empty: give at least one token")
-    if not 0 <= settings.temperature < math.inf:
-        raise UserError(f"temperature {settings.temperature}: 0 is greedy, above 0 samples")
+    if settings.temperature and not COLDEST <= settings.temperature < math.inf:
+        raise UserError(f"temperature {settings.temperature}: 0 is greedy, from {COLDEST:g} on it samples")
     if not (settings.sharpen > 0 and settings.spread > 0):
         raise UserError(f"sharpen = {settings.sharpen}, spread = {settings.spread}: both are above 0")
     if not 0 <= settings.seed < 2**63 or settings.repeat_stop < 0:

@@ -528,7 +528,8 @@ class Engine:
 
     def _check_length(self, need: int) -> None:
         if need > self.length:
-            raise UserError(f"the engine has room for {self.length} tokens, {need} are needed: raise its length")
+            cure = "raise its length" if self.length < self.target.context else "shorten the prompt"
+            raise UserError(f"the engine has room for {self.length} tokens, {need} are needed: {cure}")
 
     def _together(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int]) -> list[Generation]:
         made = [Generation(list(prompt)) for prompt in prompts]

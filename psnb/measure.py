@@ -85,8 +85,9 @@ def drafted_arms(runs: pd.DataFrame, temperature: float, count: int = 0) -> list
     """
     rows = runs[~runs["method"].isin(BASELINES) & (runs["temperature"] == temperature)]
     if rows.empty:
-        there = ", ".join(f"{t:g}" for t in sorted(runs["temperature"].unique()))
-        raise UserError(f"no drafts were recorded at T = {temperature:g}: choose of {there}")
+        there = sorted(runs[~runs["method"].isin(BASELINES)]["temperature"].unique())
+        cure = f"choose of {', '.join(f'{t:g}' for t in there)}" if there else "name some first"
+        raise UserError(f"no drafts were recorded at T = {temperature:g}: {cure}")
     sums = rows.groupby(ARM, sort=False)[["tokens", "decode_s"]].sum()
     speed = sums["tokens"] / sums["decode_s"]
     if count:
@@ -193,14 +194,16 @@ def run(
     """
     greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
-    longest = max(len(record["input_ids"]) for record in records) + max(WARM, max_new_tokens)
+    families = pd.DataFrame(records)[["id", "family"]].groupby("family")
+    generated = set(families.head(hf_prompts or len(records))["id"])
+    lengths = {record["id"]: len(record["input_ids"]) + max(WARM, max_new_tokens) for record in records}
+    longest = max(lengths.values())
     if engines is None and target.device.type == "cuda":
         engines = Engines(target, drafters, compile_layers=compiled, length=min(longest, target.context))
     static = None
     if any(arm.method == "hf_static" for arm in arms):  # as long as is needed: it attends over all of it
-        static = StaticCache(target.config, longest)
-    families = pd.DataFrame(records)[["id", "family"]].groupby("family")
-    generated = set(families.head(hf_prompts or len(records))["id"])
+        asked = generated | {records[0]["id"]}  # which warms up
+        static = StaticCache(target.config, max(lengths[name] for name in asked))
     plan = [
         (temperature, repeat, index, record)
         for repeat, temperature in product(range(repeats), temperatures)
@@ -344,7 +347,9 @@ def _metrics(part: pd.DataFrame, method: str, k: int, baselines: dict, temperatu
 def beside(
     runs: pd.DataFrame, above: Arm, below: Arm, temperature: float, metric: str
 ) -> tuple[float, float, float] | None:
-    """One arm's value over another's in `run`'s rows, on the prompts and repeats of both: (ratio, low, high) or None.
+    """One arm's value over another's in `run`'s rows, on the prompts and repeats of both: (ratio, low, high).
+
+    None where there are none, or nothing to divide by.
 
     metric: tokens_per_second, tokens_per_step or accept_cond_i. Prompts are drawn with both their values (paired
     bootstrap), so that what is hard for both widens no interval.
@@ -367,7 +372,8 @@ def beside(
         return None
     a, a_of, b, b_of = (_weights(len(both)) @ both).T
     with np.errstate(divide="ignore", invalid="ignore"):
-        return _interval((a / a_of) / (b / b_of))
+        found = _interval((a / a_of) / (b / b_of))
+    return found if np.isfinite(found).all() else None
 
 
 @torch.inference_mode()

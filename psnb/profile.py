@@ -217,9 +217,19 @@ LEAST = {  # of whole numbers, wherever a profile has them
     **dict.fromkeys(("prompts_per_family", "max_prompt_tokens", "prefix"), 1),
     **dict.fromkeys(("warmup", "evaluate_every", "link", "response_rows"), 0),
     "length": 16,
+    "vocab_size": 257,  # the bytes and the end of a text
 }
 SHARES = ("keep", "keep_min", "anchors")  # in (0, 1]
-POSITIVE = ("learning_rate", "slot_decay", "clip", "response_temperature")
+POSITIVE = ("learning_rate", "clip")
+WEIGHTS = (
+    "slot_decay",
+    "ce_weight",
+    "feature_weight",
+    "streak_weight",
+    "weight_decay",
+    "final_share",
+    "response_temperature",
+)
 TAKEN = ("target", "report", "corpus", "tokenizer", "tokens", "rows", "prompts", "plain", "hf_generate", "hf_static")
 
 
@@ -228,14 +238,21 @@ def _check(profile: Profile) -> None:
     models = {"target": profile.target, **{f"drafters.{name}": spec for name, spec in profile.drafters.items()}}
     budgets = {f"{name}.train": spec.train for name, spec in models.items() if spec.train}
     parts: dict[str, Any] = {"data": profile.data, **models, **budgets}
+    shape = profile.target
+    if not shape.path and (shape.hidden_size % shape.heads or shape.heads % shape.kv_heads):
+        raise UserError(f"{where}.target: hidden_size is a multiple of heads, and heads of kv_heads")
+    if profile.seed < 0:
+        raise UserError(f"{where}: seed = {profile.seed}; it is 0 or more")
     for name, spec in parts.items():
         for key, value in vars(spec).items():
             if key in LEAST and value < LEAST[key]:
                 raise UserError(f"{where}.{name}: {key} = {value}; it is {LEAST[key]} or more")
             if key in SHARES and not 0 < value <= 1:
                 raise UserError(f"{where}.{name}: {key} = {value}; it is a share in (0, 1]")
-            if key in POSITIVE and not 0 < value < math.inf:
+            if key in POSITIVE and not value > 0:
                 raise UserError(f"{where}.{name}: {key} = {value}; it is a number above 0")
+            if key in WEIGHTS and not 0 <= value < math.inf:
+                raise UserError(f"{where}.{name}: {key} = {value}; it is a number of 0 or more")
     for name, spec in profile.drafters.items():
         own = f"{where}.drafters.{name}"
         if name in TAKEN or not re.fullmatch(r"(?!\d\d_)\w[\w.-]*", name):

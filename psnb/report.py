@@ -97,7 +97,10 @@ def runs(results: Path) -> Runs:
     for stage, names in TABLES.items():
         paths = [path for name in names if (path := results / f"{name}.csv").is_file()]
         tables = [pd.read_csv(path, usecols=lambda name: name in wanted, keep_default_na=False) for path in paths]
-        made |= {stage: pd.concat(tables, ignore_index=True)} if tables else {}
+        if tables:
+            made[stage] = pd.concat(tables).drop_duplicates(
+                [*ARM, "temperature", "prompt", "repeat"], ignore_index=True
+            )
     return made
 
 

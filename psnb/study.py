@@ -23,6 +23,7 @@ import importlib.metadata
 import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -152,8 +153,8 @@ class Study:
 
     def command(self, words: str) -> str:
         """The command line of `psnb` that does this to this very study."""
-        more = f" --output {self.output}" if self.output != self.root else ""
-        return f"`psnb {words.replace('PROFILE', f'--profile {self.asked}')}{more}`"
+        more = f" --output {shlex.quote(str(self.output))}" if self.output != self.root else ""
+        return f"`psnb {words.replace('PROFILE', f'--profile {shlex.quote(self.asked)}')}{more}`"
 
     @property
     def results(self) -> Path:
@@ -181,8 +182,11 @@ class Study:
         import torch
 
         name, there = self.profile.device, torch.cuda.is_available()
-        if name.startswith("cuda") and not there:
-            raise UserError(f"profile {self.profile.name}: device {name!r}, but PyTorch sees no GPU; set auto or cpu")
+        if name.startswith("cuda") and int(name[5:] or 0) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise UserError(
+                f"profile {self.profile.name}: device {name!r}, but PyTorch sees {count} GPUs; set auto or cpu"
+            )
         return torch.device(("cuda" if there else "cpu") if name == "auto" else name)
 
     def computing_in(self, dtype: str) -> Study:
@@ -216,15 +220,17 @@ class Study:
     def _sizes(self) -> tuple[int, int, int]:
         """Width, inner width and layers of the target: of a model that is loaded its own, where it can be asked."""
         shape = self.profile.target
-        found = {}
         if shape.path:
             from transformers import AutoConfig
 
-            with contextlib.suppress(OSError, ValueError, UserError):
-                found = AutoConfig.from_pretrained(self._path()).to_dict()
-        width, layers = found.get("hidden_size", shape.hidden_size), found.get("num_hidden_layers", shape.layers)
-        inner = found.get("intermediate_size") or (4 * width if found else shape.intermediate_size)
-        return width, inner, layers
+            with contextlib.suppress(OSError, ValueError, UserError, AttributeError):
+                of = AutoConfig.from_pretrained(self._path())
+                return (
+                    of.hidden_size,
+                    getattr(of, "intermediate_size", None) or 4 * of.hidden_size,
+                    of.num_hidden_layers,
+                )
+        return shape.hidden_size, shape.intermediate_size, shape.layers
 
     def for_training(self) -> Study:
         """This study in the number format that drafters are trained in: on a CPU float32, with no autocast there."""
@@ -647,8 +653,9 @@ class Study:
 
     def _other_text(self, about: dict[str, Any]) -> list[str]:
         """Files of chats, of those that are here, that changed since these weights were trained on them."""
-        then = about.get("corpus", {})
-        return [name for name, sha256 in self._chat_files().items() if then.get(name, sha256) != sha256]
+        then, now = about.get("corpus", {}), self._chat_files()
+        both = [name for name in self.profile.data.sources if name in then and name in now]
+        return [name for name in both if then[name] != now[name]]
 
     def recorded_only(self, name: str) -> bool:
         """Whether a checkpoint is a record without weights, as in a clone of a run whose weights were not published.
@@ -860,7 +867,7 @@ class Study:
         """A table that was measured before, by this profile or another. Raises UserError where there is none."""
         path = self.results.parent / (profile or self.profile.name) / f"{name}.csv"
         if not path.is_file():
-            how = f"`psnb run --profile {profile}`" if profile else self.command("run PROFILE")
+            how = self.command(f"run --profile {profile}" if profile else "run PROFILE")
             raise UserError(f"{path}: not there; {how} measures it")
         return pd.read_csv(path, keep_default_na=False)
 

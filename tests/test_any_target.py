@@ -79,6 +79,14 @@ def test_from_a_folder_to_decoded_text(project, cls, responses):
         assert not study(project).ready("eagle-ps")  # the corpus's own words are another training
 
 
+def test_a_model_without_a_budget_is_refused_before_its_text_is_read(project, monkeypatch):
+    save(project, LlamaConfig)
+    (project[0] / "mine.toml").write_text(PROFILE.format(data="", target="").split("train =")[0])
+    monkeypatch.setattr(Study, "corpus", lambda self: pytest.fail("the text was read"))
+    with pytest.raises(UserError, match="profile mine: eagle-ps has no training budget"):
+        Study.open("mine.toml").drafter("eagle-ps")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
 def test_drafters_are_trained_on_a_cpu_whatever_they_decode_in(project, dtype):
     save(project, LlamaConfig)
@@ -91,7 +99,8 @@ def test_drafters_are_trained_on_a_cpu_whatever_they_decode_in(project, dtype):
 def test_a_folder_is_found_from_the_projects(project, monkeypatch, tmp_path):
     save(project, LlamaConfig)
     made = study(project)
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere" / "model").mkdir(parents=True)  # an empty one does not come first
+    monkeypatch.chdir(tmp_path / "elsewhere")
     monkeypatch.setattr("psnb.study.project", lambda: project[0])
     elsewhere = Study.open(str(project[0] / "mine.toml"), output=tmp_path / "out")
     assert elsewhere.target().hidden_size == 32 and elsewhere._target_id() == made._target_id()

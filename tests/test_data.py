@@ -340,14 +340,18 @@ def test_chats_have_the_hash_of_their_words_however_they_lie_in_memory(tmp_path)
     whole = data.chats_sha256(records(*first))
     pieces = concatenate_datasets([records(first[2]), records(*first[:2])]).select([1, 2, 0])
     assert data.chats_sha256(pieces) == whole
+    longer = records(*first, first[0])
+    assert data.chats_sha256(longer.select(range(3))) == data.chats_sha256(longer.skip(1).select([2, 0, 1])) == whole
     others = [
+        [chat("ab"), chat("c", "e"), first[1]],
+        [chat("ab", "c"), chat("e"), first[1]],
         [chat("a", "bc"), *first[1:]],  # the same words, cut elsewhere
         [chat("ab"), chat("c"), *first[1:]],
         [first[0], chat("d"), first[2]],
         first[::-1],
         [{"messages": [{"role": "system", "content": "ab"}, {"role": "user", "content": "c"}]}, *first[1:]],
     ]
-    assert len({whole, *(data.chats_sha256(records(*lines)) for lines in others)}) == 6
+    assert len({whole, *(data.chats_sha256(records(*lines)) for lines in others)}) == 8
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.xz"])

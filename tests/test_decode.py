@@ -160,6 +160,8 @@ def test_the_round_that_the_limit_cuts_counts_whole():
     rounds = [decode.Round(start, [7] * 3, accepted) for start, accepted in ((1, 2), (4, 3), (8, 3))]
     made = Generation([1], list(range(10)), rounds)
     assert made.whole_rounds == rounds and made.tokens_per_step == pytest.approx(1 + 8 / 3)
+    made.stopped = "repeat"
+    assert made.whole_rounds == rounds
     made.stopped = "stop"
     assert made.whole_rounds == rounds[:2] and made.tokens_per_step == pytest.approx(1 + 5 / 2)
     lengths = np.random.default_rng(0).integers(1, 5, (4000, 12))  # of rounds, 2.5 tokens on average
@@ -178,6 +180,7 @@ def test_the_round_that_the_limit_cuts_counts_whole():
         ({"max_new_tokens": 0}, PROMPT, "at least one token"),
         ({"temperature": -1.0}, PROMPT, "temperature -1.0: 0 is greedy"),
         ({"temperature": float("nan")}, PROMPT, "temperature nan"),
+        ({"temperature": 1e-39}, PROMPT, "temperature 1e-39: 0 is greedy, from 1e-06 on"),
         ({"spread": 0.0}, PROMPT, "spread = 0.0: both are above 0"),
         ({"seed": -1}, PROMPT, "seed = -1"),
         ({"repeat_stop": -1}, PROMPT, "repeat_stop = -1"),

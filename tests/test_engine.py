@@ -205,7 +205,8 @@ def test_what_is_done_runs_on_within_the_cache():
     target = toys.target()
     settings = Settings(k=4, max_new_tokens=8)
     drafter = toys.drafter("eagle", target)
-    engine = Engine(target, drafter, settings, batch=2, length=len(PROMPT) + 8)
+    engine = Engine(target, drafter, settings, batch=2, length=64)
+    assert engine.capacity >= 64 + engine.margin > 64
     engine.generate([PROMPT])
     with torch.no_grad(), engine._inside(engine.capacity):
         for _ in range(60):  # a row beyond the cache would raise
@@ -273,6 +274,8 @@ def test_parts_are_timed_and_change_nothing():
     taken = engine.parts(PROMPT, repeats=2)
     assert set(taken) == {*PARTS, "round"} and min(taken.values()) > 0
     assert Engine(target, engine.drafter, engine.settings).parts(PROMPT, 2, ["draft"]).keys() == {"draft"}
+    with pytest.raises(UserError, match="room for 12 tokens, 16 are needed: raise its length"):
+        Engine(target, engine.drafter, engine.settings, length=12).parts(PROMPT)
     assert engine.generate([PROMPT])[0].tokens == before and engine.capture_seconds == 0
 
 

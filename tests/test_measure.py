@@ -298,4 +298,6 @@ def test_two_arms_beside_each_other_are_paired_by_prompt():
     assert at == pytest.approx((40 / 22) / (40 / (1.5 * 22 + 15))) and low < at < high
     assert measure.beside(runs[runs.prompt != "p0"], *arms, 0.7, "tokens_per_second")[0] != pytest.approx(at)
     assert measure.beside(runs, *arms, 0.0, "tokens_per_second") is None
+    nothing = runs.assign(histogram=runs.histogram.replace({"6 2": "8 0"}))
+    assert measure.beside(nothing, *arms, 0.7, "accept_cond_0") is None
     assert measure.beside(runs.iloc[[0, 5]], *arms, 0.7, "tokens_per_second") is None  # no prompt in common

@@ -126,19 +126,21 @@ def test_a_grid_goes_on_where_it_was(target, tmp_path):
         profile=dataclasses.replace(load("smoke"), name="toy", drafters=drafters),
         target=lambda: target,
         _training_rows=lambda name="target": (rows, rows),
-        for_training=lambda: study,
+        for_training=lambda: calls.append("in its format") or study,
     )
+    calls = []
     two = [recipe.Variant("base"), recipe.Variant("shared masks", {"mask_mode": "shared"})]
     assert recipe.load(study).empty
     first = recipe.run(study, two[:1], 2, [1], PREFIX)
     assert list(first.columns) == list(recipe.COLUMNS) and set(first.variant) == {"base"}
-    calls, recipe_train = [], recipe.train_variant
+    assert calls == ["in its format"]
+    recipe_train = recipe.train_variant
     try:
         recipe.train_variant = lambda spec, *a, **k: calls.append(spec.mask_mode) or recipe_train(spec, *a, **k)
         both = recipe.run(study, two, 2, [1], PREFIX)
     finally:
         recipe.train_variant = recipe_train
-    assert calls == ["shared"]
+    assert calls == ["in its format"] * 2 + ["shared"]
     with pytest.raises(UserError, match="did you mean eagle-ps"):
         recipe.run(study, two, 2, [1], PREFIX, base="eagle-p")
     with pytest.raises(UserError, match="1 token or more"):

@@ -309,6 +309,9 @@ def test_a_verdict_speaks_of_every_temperature(summary, training):
     even = changed(slow, "speedup_vs_plain", 0.8, method="eagle-ps", stage="04_speedup", temperature=0.0)
     verdict = report.claims(even, training).verdict[2]
     assert verdict.startswith("holds in direction at T = 0.7, 1: undecided at T = 0, faster by")
+    likely = changed(summary, "speedup_vs_plain", 1.02, method="eagle-ps", stage="04_speedup")
+    likely = changed(likely, "speedup_vs_plain", 1.0, method="eagle", stage="04_speedup")
+    assert report.claims(likely, training).verdict[2].startswith("undecided at T = 0, 0.7, 1")  # within the intervals
     all_even = even.copy()
     for method in ("eagle", "eagle-ps"):
         all_even = changed(all_even, "speedup_vs_plain", 1.2, method=method, stage="04_speedup")

@@ -515,6 +515,11 @@ def test_weights_are_trained_again_for_another_text(toy, made, monkeypatch):
     assert not Study.open("toy.toml").ready("eagle")
     assert models() == ["train target", "train eagle"] and Study.open("toy.toml").ready("eagle")
     assert len(Study.open("toy.toml").corpus()["train"]) == 25
+    change(toy, "length = 64", 'validation = "val.jsonl"\nlength = 64')
+    (toy / "val.jsonl").write_text('{"text": "held out"}\n' * 3)
+    assert models() == ["train target", "train eagle"]
+    (toy / "val.jsonl").write_text('{"text": "held out too"}\n' * 3)
+    assert models() == []  # nothing is trained on it
     (toy / "b" / "chats.jsonl").unlink()  # weights do without the text
     assert Study.open("toy.toml").ready("eagle")
 
@@ -534,6 +539,7 @@ def test_a_command_is_for_this_very_study(toy, made):
     weights(elsewhere.checkpoint("eagle"), 99)
     with pytest.raises(UserError, match=rf"`psnb run --profile toy.toml --only eagle --fresh --output {toy}/other`"):
         Study.open("toy.toml", output=toy / "other").drafter("eagle")
+    assert Study.open("toy.toml", output=toy / "a b").command("list").endswith("a b'`")
     status = runner.status(elsewhere).set_index("stage")
     assert status.done["eagle"] == "damaged" and status.done["target"] == "yes"  # it has no spec.json here
 
@@ -543,7 +549,7 @@ def test_a_gpu_that_is_not_there_and_a_file_for_a_folder_are_refused(toy, monkey
     with pytest.raises(UserError, match="--output toy.toml: a file; give a folder"):
         Study.open("toy.toml", output="toy.toml")
     change(toy, 'device = "cpu"', 'device = "cuda"')
-    with pytest.raises(UserError, match="device 'cuda', but PyTorch sees no GPU"):
+    with pytest.raises(UserError, match="device 'cuda', but PyTorch sees 0 GPUs"):
         Study.open("toy.toml").device  # noqa: B018
 
 
@@ -579,7 +585,7 @@ def test_where_things_go(toy, monkeypatch):
 
 def test_a_table_of_another_profile(tmp_path):
     study = Study.open("smoke", tmp_path)
-    with pytest.raises(UserError, match=r"other/04_runs\.csv: not there; `psnb run --profile other` measures it"):
+    with pytest.raises(UserError, match=r"other/04_runs\.csv: not there; `psnb run --profile other --output /\S+` measures it"):
         study.measured("04_runs", "other")
     manifest.write_frame(tmp_path / "results" / "other" / "04_runs.csv", pd.DataFrame({"tree": ["", "chain"]}))
     assert study.measured("04_runs", "other").tree.tolist() == ["", "chain"]

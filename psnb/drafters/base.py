@@ -152,10 +152,13 @@ class Layers(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=0.02)
-        norms = [part for part in target.model.base_model.children() if getattr(part, "weight", torch.eye(1)).ndim == 1]
-        if norms:
-            last, ones = norms[-1], torch.ones_like(norms[-1].weight)
-            scale = last(ones) if "RMS" in type(last).__name__ else last.weight  # Gemma's scales by 1 + weight
+        parts = [(part, getattr(part, "weight", None)) for part in target.model.base_model.children()]
+        if norms := [(part, weight) for part, weight in parts if isinstance(weight, Tensor) and weight.ndim == 1]:
+            last, scale = norms[-1]
+            if "RMS" in (kind := type(last).__name__):
+                scale = last(torch.ones_like(scale))  # Gemma's scales by 1 + weight
+            elif "1P" in kind:
+                scale = 1 + scale
             self.norm.weight.data.copy_(scale.data)
 
     def forward(self, hidden: Tensor, place: Tensor, mask: Mask | None, cache: Any = None) -> Tensor:
