@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, StaticCache
 
 from psnb import drafters as models
+from psnb import manifest
 from psnb.decode import Settings
 from psnb.drafters import Drafter
 from psnb.engine import PARTS, Engine, Prompts
@@ -208,7 +209,8 @@ def _round(
         "alone_ms": parts["round"],
         "round_ms": 1e3 * spent / longest,
         "host_share": seconds["host"] / spent,
-        "tokens_per_step": float(np.mean([of.tokens_per_step for of in made])),
+        # of a replay the recorded mean: the few rounds that are timed happen to be longer or shorter
+        "tokens_per_step": 1 + np.mean(trace) if trace else float(np.mean([of.tokens_per_step for of in made])),
         "first_token_ms": 1e3 * float(np.mean([of.seconds["prefill"] for of in made])),
         "capture_seconds": engine.capture_seconds,
     }
@@ -252,6 +254,8 @@ def table(study: Study, name: str, arms: Sequence[Arm], trace: str, budget: dict
         return speeds(frame, 1e3 * step_bytes(target) / rate).assign(bandwidth_gb_s=rate / 1e9)
 
     spec = {"arms": [str(arm) for arm in arms], "trace": trace, **budget}
+    if name:
+        spec["rounds"] = manifest.digest(study.measured("04_runs", trace)["histogram"].tolist())
     return study.table(f"07_{name or 'own'}", spec, make).fillna({"tree": ""})
 
 

@@ -11,6 +11,7 @@ machine that installed the same pins.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import importlib.metadata
 import json
@@ -23,6 +24,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -351,18 +353,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def _read_records(path: Path) -> Iterator[dict]:
+def json_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each line of a .jsonl[.xz] file stands, and its record, None for a blank one. Raises UserError."""
     with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as stream:
         try:
             for number, line in enumerate(stream, 1):
-                where = f"{path}:{number}"
+                where, line = f"{path}:{number}", line.removeprefix(codecs.BOM_UTF8)
                 try:
-                    record = json.loads(line) if line.strip() else {"text": ""}
+                    record = json.loads(line) if line.strip() else None
                     if b"\\ud" in line.lower():  # half a character in escapes is a ValueError too
                         json.dumps(record, ensure_ascii=False).encode()
                 except (ValueError, RecursionError) as error:
                     raise UserError(f"{where}: not a JSON record ({error}); repair or remove the line") from None
-                yield _checked(record, where)
+                yield where, record
         except (lzma.LZMAError, EOFError) as error:
             raise UserError(f"{path}: not a complete xz file ({error}); fetch it again") from None
 
@@ -390,17 +393,19 @@ def _checked(record: object, where: str) -> dict:
     return {"messages": turns, "text": None}
 
 
-def load_records(source: str, split: str = "train") -> tuple[Dataset, dict[str, int]]:
+def load_records(source: str, split: str = "train", seen: set[int] | None = None) -> tuple[Dataset, dict[str, int]]:
     """Columns messages (list of role, content) and text, one of them None, of a .jsonl[.xz] file or a hub data set.
 
-    Records without any content are dropped; beside the data set comes how many: {"records": read, "empty": dropped}.
+    Records without any content and repeats are dropped; beside the data set comes how many: {"records": read, "empty",
+    "repeated"}. What stands in `seen` (of other sources, say) is a repeat too, and what is kept is added to it.
     Raises UserError for a line that cannot be read (with file and line number), a source that cannot be loaded, and
     where no record is left.
     """
     if source.endswith((".jsonl", ".jsonl.xz")):
         if not Path(source).is_file():
             raise UserError(f"{source}: no such file; give a .jsonl or .jsonl.xz file, or the name of a hub data set")
-        records = list(_read_records(Path(source)))
+        lines = json_lines(Path(source))
+        records = [_checked({"text": ""} if record is None else record, where) for where, record in lines]
     else:
         try:
             raw = load_dataset(source, split=split)
@@ -412,9 +417,15 @@ def load_records(source: str, split: str = "train") -> tuple[Dataset, dict[str, 
         log.warning("%s: %d of %d records are empty, dropped", source, len(records) - len(kept), len(records))
     if not kept:
         raise UserError(f"{source}: no record with content ({len(records)} read); give another file")
-    turn = {"role": Value("string"), "content": Value("string")}
-    facts = {"records": len(records), "empty": len(records) - len(kept)}
-    return Dataset.from_list(kept, features=Features({"messages": List(turn), "text": Value("string")})), facts
+    turn, seen, first = {"role": Value("string"), "content": Value("string")}, set() if seen is None else seen, []
+    for record in kept:
+        words = hash((record["text"], *((m["role"], m["content"]) for m in record["messages"] or ())))
+        if words not in seen:
+            seen.add(words)
+            first.append(record)
+    facts = {"records": len(records), "empty": len(records) - len(kept), "repeated": len(kept) - len(first)}
+    features = Features({"messages": List(turn), "text": Value("string")})
+    return Dataset.from_dict({name: [record[name] for record in first] for name in features}, features=features), facts
 
 
 def chats_sha256(dataset: Dataset) -> str:

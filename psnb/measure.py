@@ -72,10 +72,15 @@ def chains(lengths: dict[str, list[int]]) -> list[Arm]:
     return [Arm(method, k, "chain" if k else "", k) for method, ks in lengths.items() for k in ks]
 
 
-def trees(sizes: dict[str, list[list[int]]]) -> list[Arm]:
-    """Arms of the drafters' own best trees, [depth k, nodes N] by method: `eagle` grows its trees, others know them."""
-    own = {"eagle": "dynamic"}
-    return [Arm(method, k, own.get(method, "best_first"), n) for method, pairs in sizes.items() for k, n in pairs]
+def trees(sizes: dict[str, list[list[int]]], longest: dict[str, int] | None = None) -> list[Arm]:
+    """Arms of the drafters' own best trees, [depth k, nodes N] by method: `eagle` grows its trees, others know them.
+
+    longest: the methods that there are, and how deep each can draft at most.
+    """
+    own, most = {"eagle": "dynamic"}, {name: max(k for k, _ in pairs) for name, pairs in sizes.items() if pairs}
+    most = most if longest is None else {name: longest[name] for name in most if name in longest}
+    found = [Arm(m, min(k, most[m]), own.get(m, "best_first"), n) for m in sizes if m in most for k, n in sizes[m]]
+    return list(dict.fromkeys(found))
 
 
 def drafted_arms(runs: pd.DataFrame, temperature: float, count: int = 0) -> list[Arm]:
@@ -255,9 +260,9 @@ def _weights(prompts: int, seed: int = 0) -> np.ndarray:
     return np.vstack([np.ones(prompts), draws])
 
 
-def _interval(values: np.ndarray) -> tuple[float, float, float]:
-    """values [1 + BOOTSTRAP], the first from the data: (value, low, high) of the 95 % interval."""
-    drawn = values[1:][np.isfinite(values[1:])]
+def _interval(values: np.ndarray, n: int) -> tuple[float, float, float]:
+    """values [1 + BOOTSTRAP], the first from the data: (value, low, high) of the 95 % interval; none of n = 1."""
+    drawn = values[1:][np.isfinite(values[1:])] if n > 1 else []
     low, high = np.percentile(drawn, [2.5, 97.5]) if len(drawn) else (np.nan, np.nan)
     return float(values[0]), float(low), float(high)
 
@@ -296,7 +301,7 @@ def summary(runs: pd.DataFrame, stage: str) -> pd.DataFrame:
         for (*arm, temperature), part in of_task.groupby([*ARM, "temperature"], sort=False):
             with np.errstate(divide="ignore", invalid="ignore"):
                 for metric, values, n, unit in _metrics(part, arm[0], int(arm[2]), baselines, temperature):
-                    value, low, high = _interval(values)
+                    value, low, high = _interval(values, n)
                     if np.isfinite(value):
                         row = _row(stage, arm, temperature, metric, value, n, unit)
                         rows.append({**row, "task": task, "low": low, "high": high})
@@ -349,7 +354,7 @@ def beside(
 ) -> tuple[float, float, float] | None:
     """One arm's value over another's in `run`'s rows, on the prompts and repeats of both: (ratio, low, high).
 
-    None where there are none, or nothing to divide by.
+    None where there are none, or nothing to divide by; of one prompt the interval is 0 to infinity.
 
     metric: tokens_per_second, tokens_per_step or accept_cond_i. Prompts are drawn with both their values (paired
     bootstrap), so that what is hard for both widens no interval.
@@ -372,8 +377,10 @@ def beside(
         return None
     a, a_of, b, b_of = (_weights(len(both)) @ both).T
     with np.errstate(divide="ignore", invalid="ignore"):
-        found = _interval((a / a_of) / (b / b_of))
-    return found if np.isfinite(found).all() else None
+        value, low, high = _interval((a / a_of) / (b / b_of), len(both))
+    if len(both) == 1:
+        low, high = 0.0, np.inf
+    return None if np.isnan([value, low, high]).any() or np.isinf(value) else (value, low, high)
 
 
 @torch.inference_mode()
@@ -562,7 +569,7 @@ def marginal_rows(found: pd.DataFrame, k: int, temperature: float, stage: str) -
         counts = pd.crosstab(part["text"], part["accepted"]).reindex(columns=range(k + 1), fill_value=0).to_numpy()
         with np.errstate(divide="ignore", invalid="ignore"):
             for metric, values, n, unit in _acceptance(_weights(len(counts)) @ counts, len(counts)):
-                value, low, high = _interval(values)
+                value, low, high = _interval(values, n)
                 if np.isfinite(value):
                     row = _row(stage, (name, "chain", k, k, "coupled"), temperature, metric, value, n, unit)
                     rows.append({**row, "low": low, "high": high})

@@ -197,6 +197,10 @@ def load(name: str) -> Profile:
         if not path.is_file():
             raise UserError(f"profile file {name} does not exist; profiles that come with psnb: {', '.join(names())}")
         raw, name = path.read_bytes(), path.stem
+        if name in names() and raw != (resources.files("psnb.profiles") / path.name).read_bytes():
+            raise UserError(
+                f"profile file {path}: {name} is a profile that comes with psnb, rename yours: a name has one"
+            )
     else:
         if name not in names():
             cure = f"did you mean {name}.toml?" if Path(f"{name}.toml").is_file() else nearest(name, names())
@@ -239,8 +243,12 @@ def _check(profile: Profile) -> None:
     budgets = {f"{name}.train": spec.train for name, spec in models.items() if spec.train}
     parts: dict[str, Any] = {"data": profile.data, **models, **budgets}
     shape = profile.target
-    if not shape.path and (shape.hidden_size % shape.heads or shape.heads % shape.kv_heads):
-        raise UserError(f"{where}.target: hidden_size is a multiple of heads, and heads of kv_heads")
+    if not shape.path:
+        if shape.hidden_size % (2 * shape.heads) or shape.heads % shape.kv_heads:
+            raise UserError(f"{where}.target: hidden_size is a multiple of twice the heads, and heads of kv_heads")
+        for key in ("length", "max_prompt_tokens"):
+            if (count := getattr(profile.data, key)) > shape.context - (key != "length"):
+                raise UserError(f"{where}.data: {key} = {count} does not fit target.context = {shape.context}")
     if profile.seed < 0:
         raise UserError(f"{where}: seed = {profile.seed}; it is 0 or more")
     for name, spec in parts.items():

@@ -16,7 +16,7 @@ from pathlib import Path
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerFast
 
-from psnb.data import Refused, encode, render
+from psnb.data import Refused, encode, json_lines, render
 from psnb.errors import UserError
 
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
@@ -287,20 +287,19 @@ def question_prompts(
     """
     found = []
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = [line for line in json_lines(Path(path)) if line[1] is not None]
     except OSError as error:
         raise UserError(f"{path}: not readable ({error.strerror}); give Spec-Bench's question.jsonl") from error
-    for number, line in enumerate(lines, 1):
+    for where, record in lines:
         try:
-            record = json.loads(line)
             content, category = record["turns"][0], str(record["category"])
             if not isinstance(content, str):
                 raise TypeError
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (KeyError, IndexError, TypeError):
             raise UserError(
-                f'{path}:{number}: not a question {{"question_id": ..., "category": ..., "turns": [...]}}; convert it'
+                f'{where}: not a question {{"question_id": ..., "category": ..., "turns": [...]}}; convert it'
             ) from None
         family = "mt_bench" if category in MT_BENCH else category
-        name = str(record.get("question_id", number))
+        name = str(record.get("question_id", where.rsplit(":", 1)[1]))
         found.append((family, Path(path).name, name, [{"role": "user", "content": content}]))
     return _chosen(found, tokenizer, per_family, max_prompt_tokens)

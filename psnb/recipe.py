@@ -262,7 +262,7 @@ def train_variant(
 def load(study: Study) -> pd.DataFrame:
     """The rows of results/<profile>/recipe.csv, of this study or as shipped; empty if there are none."""
     for folder in (study.results, study.root / "results" / study.profile.name):
-        if (folder / NAME).is_file():
+        if study.uses(folder / NAME).is_file():
             return pd.read_csv(folder / NAME, dtype={"batch": str})
     return pd.DataFrame(columns=COLUMNS)
 
@@ -296,9 +296,9 @@ def run(
     path, spec = study.results / NAME, study.profile.drafters[base]
     done = pd.read_csv(path, dtype={"batch": str}) if path.is_file() else pd.DataFrame(columns=COLUMNS)
     target = study.target()
+    if spec.warm_start:
+        study.drafter(spec.warm_start)  # trained first, if it is not there
     warm = study.checkpoint(spec.warm_start) if spec.warm_start else None
-    if warm is not None:
-        study.drafter(spec.warm_start)
     train, held_out = (as_batch(rows) for rows in study._training_rows())
     held_out = {column: rows[:ROWS] for column, rows in held_out.items()}
     given = {"corpus": train}

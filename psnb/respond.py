@@ -60,9 +60,9 @@ def write(
 ) -> list[list[int]]:
     """What the target writes after each of B prompts, all at once: `new` tokens, or fewer where it ends, end included.
 
-    rows: B numbers that name the prompts' noise; `length` is more than any position. Shorter prompts are padded on the
-    left, where nothing looks. The K/V cache is static, and with `graph` (a GPU) a token is one CUDA graph: no wait for
-    the host but every LOOK tokens.
+    rows: B numbers that name the prompts' noise; `length` is more than any position that is of use. Shorter prompts are
+    padded on the left, where nothing looks. The K/V cache is static, and with `graph` (a GPU) a token is one CUDA
+    graph: no wait for the host but every LOOK tokens.
     """
     end = -1 if target.eos_token_id is None else target.eos_token_id
     device, size, m = target.device, len(prompts), max(map(len, prompts))
@@ -92,7 +92,7 @@ def write(
     def step() -> None:
         seen.index_fill_(3, m - 1 + done, True)
         features = target.features(token, place, seen, cache)[:, 0]
-        place.add_(1)
+        place.add_(1).clamp_(max=target.context - 1)
         choose(features, place[:, 0])
 
     run = step
@@ -143,9 +143,10 @@ def respond(
     texts: dict[int, tuple[list[int], int]] = {}
     for group in manifest.progress(groups, label="the target writes, batch"):
         chosen = [prompts[i] for i in group]
-        new = length - len(chosen[-1])
+        new = length - len(chosen[0])  # what goes beyond `length` after a longer prompt is thrown away
         how = {"length": length, "temperature": temperature, "seed": seed, "graph": graph}
         for i, prompt, more in zip(group, chosen, write(target, chosen, group, new, **how), strict=True):
+            more = more[: length - len(prompt)]
             texts[i] = prompt + more, len(more)
     lists = [texts[i] for i in range(len(prompts))]
     selected = [[0] * (len(text) - count) + [1] * count for text, count in lists]

@@ -140,6 +140,7 @@ def execute(study: Study, source: Path, given: dict[str, Any], profile: str) -> 
         return False
     say(f"{name}: running")
     began, failed = time.monotonic(), final.with_suffix(".failed.ipynb")
+    study.used(name)  # what a killed run noted goes
     values = {"profile": profile, "output": ".", **study.profile.notebooks.get(name, {}), **given}
     with manifest.atomic_folder(study.cache / "running") as folder:
         running = folder / source.name
@@ -151,7 +152,7 @@ def execute(study: Study, source: Path, given: dict[str, Any], profile: str) -> 
             raise kind(f"{name}: {error} (how far it came: {failed})") from error
         manifest.write_text(final, _tidy(study, running))
         failed.unlink(missing_ok=True)
-    study.done(name, key, final, began)
+    study.done(name, key, final, began, files=study.used(name))
     return True
 
 
@@ -400,33 +401,34 @@ def _weights_status(study: Study, name: str) -> tuple[str, str]:
     facts = stage_facts(folder)
     files = [*facts.get("weights", ()), *(["spec.json"] if name != "target" else [])]
     if facts and study.ready(name) and not all((folder / file).is_file() for file in files):
-        return "damaged", _estimate(study.profile, name)
+        return "damaged", _estimate(study, name)
     if facts and study.ready(name):
         return "yes", f"{_took(facts['seconds'])} on {facts['machine']}"
     if study.recorded_only(name):
-        return "weights not here", _estimate(study.profile, name)
+        return "weights not here", _estimate(study, name)
     state = "changed" if facts else "damaged" if folder.is_dir() else "no"
-    return state, _estimate(study.profile, name)
+    return state, _estimate(study, name)
 
 
-def _estimate(profile: Profile, name: str) -> str:
+def _estimate(study: Study, name: str) -> str:
     """The time of training from the shapes: 6 flops a weight and row, 2 for the frozen target's forward pass.
 
     A token is one row of `eagle`, of `medusa` one row with k projections, of the others the rows that their masks add.
     """
-    t, vocabulary = profile.target, profile.data.vocab_size
+    profile, t = study.profile, study.profile.target
+    width, inner, layers, vocabulary = study.sizes()
     budget = t.train if name == "target" else profile.drafters[name].train
     if budget is None:
         return "no training budget in the profile"
-    layer = t.hidden_size**2 * (2 + 2 * t.kv_heads / t.heads) + 3 * t.hidden_size * t.intermediate_size
-    flops = 6 * (t.layers * layer + t.hidden_size * vocabulary)
+    layer = width**2 * (2 + 2 * t.kv_heads / t.heads) + 3 * width * inner
+    flops = 6 * (layers * layer + width * vocabulary)
     if name != "target":
         spec = profile.drafters[name]
         ps, medusa = spec.kind.endswith("-ps"), spec.kind == "medusa"
         masks = spec.anchors * sum(max(spec.keep**d, spec.keep_min) for d in range(1, spec.k)) if ps else 0
-        body = t.hidden_size**2 * spec.k if medusa else spec.layers * layer
-        flops = flops / 3 + 6 * (1 + masks) * (body + t.hidden_size * vocabulary * (spec.k if medusa else 1))
-    minutes, gpu = flops * budget.steps * budget.rows * profile.data.length / 60, GPU_FLOPS * min(t.hidden_size, 1024)
+        body = width**2 * spec.k if medusa else spec.layers * layer
+        flops = flops / 3 + 6 * (1 + masks) * (body + width * vocabulary * (spec.k if medusa else 1))
+    minutes, gpu = flops * budget.steps * budget.rows * profile.data.length / 60, GPU_FLOPS * min(width, 1024)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     here = f"{_long(minutes / CORE_FLOPS / cores)} on {cores} core{'s' if cores > 1 else ''}"
     return f"about {here}, {_long(minutes / gpu)} on one GPU"

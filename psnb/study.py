@@ -68,6 +68,7 @@ STAND_INS = {  # for a file of [data] that is not there
 FORMAT = "format.json"  # in the cache: whether this machine's CPU is faster in bfloat16
 HELD_ROWS = 256  # held-out rows that are judged while training
 MANY_CHATS = 20_000  # that are tokenised in several processes
+FEW = 500  # chats of a part of them at least: a part without any that can be used is refused
 
 
 def project() -> Path:
@@ -103,6 +104,10 @@ def _difference(old: Any, new: Any, where: str = "") -> list[str]:
 def _sha256(path: Path, changed: int) -> str:
     """A file's hash, taken once as long as it is not changed."""
     return manifest.sha256_file(path)
+
+
+def _hash(path: Path) -> str:
+    return _sha256(path, path.stat().st_mtime_ns) if path.is_file() else ""
 
 
 def _weights(folder: Path) -> dict[str, str]:
@@ -208,7 +213,7 @@ class Study:
         if self.device.type == "cuda":
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            sizes = self._sizes()
+            sizes = self.sizes()[:3]
             key = digest([*sizes, torch.__version__, manifest.machine_name(manifest.machine())])
             found = read_json(self.cache / FORMAT)
             if found.get("key") != key:
@@ -217,20 +222,17 @@ class Study:
             fast = found["bfloat16"]
         return self.computing_in("bfloat16") if fast else self
 
-    def _sizes(self) -> tuple[int, int, int]:
-        """Width, inner width and layers of the target: of a model that is loaded its own, where it can be asked."""
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Width, inner width, layers and vocabulary of the target: of a model that is loaded its own, if it tells."""
         shape = self.profile.target
         if shape.path:
             from transformers import AutoConfig
 
             with contextlib.suppress(OSError, ValueError, UserError, AttributeError):
                 of = AutoConfig.from_pretrained(self._path())
-                return (
-                    of.hidden_size,
-                    getattr(of, "intermediate_size", None) or 4 * of.hidden_size,
-                    of.num_hidden_layers,
-                )
-        return shape.hidden_size, shape.intermediate_size, shape.layers
+                inner = getattr(of, "intermediate_size", None) or 4 * of.hidden_size
+                return of.hidden_size, inner, of.num_hidden_layers, of.vocab_size
+        return shape.hidden_size, shape.intermediate_size, shape.layers, self.profile.data.vocab_size
 
     def for_training(self) -> Study:
         """This study in the number format that drafters are trained in: on a CPU float32, with no autocast there."""
@@ -287,7 +289,8 @@ class Study:
     def current(self, stage: str, key: str, artefact: Path, quiet: bool = False) -> dict[str, Any]:
         """The record of a table or notebook that can be reused, else empty.
 
-        It can if its key is the same, its inputs (those it had) are, and its file is the one that it wrote.
+        It can if its key is the same, its inputs (those it had) and this machine are, and its file and those that it
+        used (see `uses`) are as they were.
         """
         record, now = read_json(self.record(stage)), self._inputs()
         if (
@@ -296,11 +299,28 @@ class Study:
             or any(now.get(name) != value for name, value in record["inputs"].items())
             or not artefact.is_file()
             or manifest.sha256_file(artefact) != record["sha256"]
+            or any(_hash(self.results / name) != value for name, value in record.get("files", {}).items())
+            or record["machine"] != manifest.machine_name(self.about()["machine"])
         ):
             return {}
         if not quiet:
             self.once(stage, f"reused ({record['at']}, took {record['seconds']:.0f} s)")
         return record
+
+    def uses(self, path: Path) -> Path:
+        """Notes that the notebook that runs stands on this file of the results, as it is when the notebook ends."""
+        if name := os.environ.get("PSNB_NOTEBOOK", ""):
+            noted = self.cache / "uses" / f"{name}.json"
+            files = {**read_json(noted), os.path.relpath(path, self.results): ""}
+            manifest.write_json(noted, files)
+        return path
+
+    def used(self, name: str) -> dict[str, str]:
+        """The files that a notebook noted, with their hashes now; the notes go."""
+        noted = self.cache / "uses" / f"{name}.json"
+        files = {file: _hash(self.results / file) for file in read_json(noted)}
+        noted.unlink(missing_ok=True)
+        return files
 
     def done(self, stage: str, key: str, artefact: Path, began: float, **facts: Any) -> dict[str, Any]:
         """Writes the record of a table or notebook that was made since `began` (time.monotonic)."""
@@ -319,9 +339,13 @@ class Study:
         return record
 
     def text(self) -> dict[str, Any]:
-        """What every measurement depends on: the profile but its title and notebooks' parameters, and the pins."""
-        text = {k: v for k, v in dataclasses.asdict(self.profile).items() if k not in ("name", "title", "notebooks")}
-        return {**text, "constraints": manifest.sha256_file(self.root / "constraints.txt"), "python": sys.version}
+        """What every measurement depends on: the profile but its title, notebooks and what changes no weights, and the
+        pins, Python and PyTorch."""
+        text = {k: v for k, v in dataclasses.asdict(self.profile).items() if k in ("seed", "device", "dtype", "data")}
+        models = {"target": self.profile.target, **self.profile.drafters}
+        text |= {"models": {name: _seen(spec) for name, spec in models.items()}}
+        text |= {"constraints": manifest.sha256_file(self.root / "constraints.txt"), "python": sys.version}
+        return {**text, "torch": importlib.metadata.version("torch")}
 
     def make(self, stage: str) -> None:
         """Makes a data stage or a model, with what it needs, unless it is there."""
@@ -410,7 +434,7 @@ class Study:
         """Of the chats' sources and the validation file, as the profile names them, those that are here: sha256."""
         spec = self.profile.data
         files = {name: self.root / name for name in (*spec.sources, spec.validation) if name}
-        return {name: _sha256(path, path.stat().st_mtime_ns) for name, path in files.items() if path.is_file()}
+        return {name: _hash(path) for name, path in files.items() if path.is_file()}
 
     def _chat_corpus(self, folder: Path) -> dict[str, Any]:
         from datasets import DatasetDict, concatenate_datasets
@@ -419,18 +443,21 @@ class Study:
 
         self._need("source", "validation")
         spec, seed, facts, parts = self.profile.data, self.profile.seed, Counter(), []
-        for source in (*spec.sources, *filter(None, [spec.validation])):
+        seen: set[int] = set()  # what is held out is not trained on, nor anything twice
+        for source in (*filter(None, [spec.validation]), *spec.sources):
             is_file = source.endswith(CHATS)
-            records, counts = data.load_records(str(self.root / source) if is_file else source, spec.split)
+            records, counts = data.load_records(str(self.root / source) if is_file else source, spec.split, seen)
             facts.update(counts)
             parts.append(records)
+        held_out = parts.pop(0) if spec.validation else None
+        train = concatenate_datasets(parts)
+        if len(train) < (1 if spec.validation else 2):
+            what = "that is not held out" if spec.validation else "and no validation file"
+            raise UserError(f"{spec.source}: {len(train)} different records {what}; give more")
         if spec.validation:
-            held_out = parts.pop()
-            corpus = DatasetDict(train=concatenate_datasets(parts).shuffle(seed), held_out=held_out)
-        elif (count := sum(map(len, parts))) < 2:
-            raise UserError(f"{spec.source}: {count} record with content; give more, or data.validation as well")
+            corpus = DatasetDict(train=train.shuffle(seed), held_out=held_out)
         else:
-            corpus = concatenate_datasets(parts).train_test_split(test_size=0.05, seed=seed)  # it shuffles
+            corpus = train.train_test_split(test_size=0.05, seed=seed)  # it shuffles
             corpus["held_out"] = corpus.pop("test")
         corpus.save_to_disk(folder)
         return {
@@ -489,7 +516,7 @@ class Study:
             order = np.random.default_rng(self.profile.seed).permutation(len(texts))
             some = texts.select(sorted(order[:documents])) if documents else texts
             workers = min(32, os.cpu_count() or 1) if chats and len(some) > MANY_CHATS else None
-            shards = min(2 if workers else 20, len(some))
+            shards = min(2 if workers else 20, max(1, len(some) // FEW)) if chats else min(20, len(some))
             parts, facts = [], Counter()
             for i in manifest.progress(range(shards), label=f"tokens of {name}, part"):
                 shard = some.shard(shards, i, contiguous=True)
@@ -631,11 +658,11 @@ class Study:
             from transformers import AutoConfig
 
             try:
-                own = (
-                    digest(_weights(Path(path)))
-                    if Path(path).is_dir()
-                    else AutoConfig.from_pretrained(path)._commit_hash
-                )
+                if Path(path).is_dir():
+                    files = [p for kind in ("*.safetensors", "*.bin", "config.json") for p in Path(path).glob(kind)]
+                    own = digest({p.name: manifest.sha256_file(p) for p in files})
+                else:
+                    own = AutoConfig.from_pretrained(path)._commit_hash
             except (OSError, ValueError) as error:
                 why = str(error).strip().splitlines()[0]
                 raise UserError(
@@ -683,6 +710,7 @@ class Study:
         about = stage_facts(folder)
         if name in self.fresh:
             why = "training again, as asked"
+            shutil.rmtree(self._state(name), ignore_errors=True)  # from the first step on
         elif not folder.is_dir():
             why = "training"
         elif not {"key", "spec", "weights", "machine", "seconds", "at"} <= about.keys():
@@ -850,7 +878,7 @@ class Study:
         `spec` is what it depends on beside the profile's text, the weights, the prompts and the measuring code.
         The frame comes back as the file has it. Raises TypeError for a `spec` that is not plain JSON.
         """
-        path = self.results / f"{name}.csv"
+        path = self.uses(self.results / f"{name}.csv")
         key = digest([name, spec, self.text(), str(self.device), code(*MEASURING)])
         record = self.current(name, key, path)
         if not record:
@@ -865,7 +893,7 @@ class Study:
 
     def measured(self, name: str, profile: str = "") -> pd.DataFrame:
         """A table that was measured before, by this profile or another. Raises UserError where there is none."""
-        path = self.results.parent / (profile or self.profile.name) / f"{name}.csv"
+        path = self.uses(self.results.parent / (profile or self.profile.name) / f"{name}.csv")
         if not path.is_file():
             how = self.command(f"run --profile {profile}" if profile else "run PROFILE")
             raise UserError(f"{path}: not there; {how} measures it")

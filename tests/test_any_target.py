@@ -104,7 +104,7 @@ def test_a_folder_is_found_from_the_projects(project, monkeypatch, tmp_path):
     monkeypatch.setattr("psnb.study.project", lambda: project[0])
     elsewhere = Study.open(str(project[0] / "mine.toml"), output=tmp_path / "out")
     assert elsewhere.target().hidden_size == 32 and elsewhere._target_id() == made._target_id()
-    assert made._target_id().startswith("model@") and made._sizes() == (32, 48, 2)
+    assert made._target_id().startswith("model@") and made.sizes() == (32, 48, 2, 280)
 
 
 def test_vicunas_template_is_fastchats(project):

@@ -67,6 +67,6 @@ def test_a_replayed_round_accepts_what_was_recorded():
     assert len(frame) == 4 + 3  # transformers' own at batch 1 alone
     steps = frame.set_index(["method", "tree", "batch"]).tokens_per_step
     assert steps["plain", "", 1] == 1 and steps["eagle-ps", "best_first", 2] == 3
-    assert steps["eagle-ps", "chain", 1] == pytest.approx(1 + 4 / 3, abs=0.35)  # a limit cuts the last round
+    assert steps["eagle-ps", "chain", 1] == pytest.approx(1 + 4 / 3)  # as recorded, whichever rounds were timed
     times = frame[frame.method != "hf_static"][["draft_ms", "verify_ms", "walk_ms", "commit_ms", "round_ms"]]
     assert (times > 0).all(axis=None)

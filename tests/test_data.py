@@ -340,8 +340,8 @@ def test_chats_have_the_hash_of_their_words_however_they_lie_in_memory(tmp_path)
     whole = data.chats_sha256(records(*first))
     pieces = concatenate_datasets([records(first[2]), records(*first[:2])]).select([1, 2, 0])
     assert data.chats_sha256(pieces) == whole
-    longer = records(*first, first[0])
-    assert data.chats_sha256(longer.select(range(3))) == data.chats_sha256(longer.skip(1).select([2, 0, 1])) == whole
+    longer = records(chat("z"), *first, chat("y"))
+    assert data.chats_sha256(longer.select(range(1, 4))) == data.chats_sha256(longer.skip(1).select([0, 1, 2])) == whole
     others = [
         [chat("ab"), chat("c", "e"), first[1]],
         [chat("ab", "c"), chat("e"), first[1]],
@@ -357,13 +357,17 @@ def test_chats_have_the_hash_of_their_words_however_they_lie_in_memory(tmp_path)
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.xz"])
 def test_load_records(tmp_path, caplog, ending):
     lines = [{"messages": CHAT, "more": 1}, {"messages": []}, {"text": "some text"}, {"text": " \n"}]
+    lines += [{"text": "some text"}, {"messages": CHAT}]
     content = "\n".join(map(json.dumps, lines)) + "\n\n"
     file = tmp_path / f"chats{ending}"
     file.write_bytes(lzma.compress(content.encode()) if ending.endswith("xz") else content.encode())
     made, facts = data.load_records(str(file))
-    assert facts == {"records": 5, "empty": 3}
+    assert facts == {"records": 7, "empty": 3, "repeated": 2}
     assert made[:] == {"messages": [CHAT, None], "text": [None, "some text"]}
-    assert "3 of 5 records are empty" in caplog.text
+    assert "3 of 7 records are empty" in caplog.text
+    seen = set()
+    first, again = (data.load_records(str(file), seen=seen)[0] for _ in range(2))
+    assert first[:] == made[:] and len(again) == 0 and again.features == made.features
 
 
 @pytest.mark.parametrize(

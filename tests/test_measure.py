@@ -301,3 +301,20 @@ def test_two_arms_beside_each_other_are_paired_by_prompt():
     nothing = runs.assign(histogram=runs.histogram.replace({"6 2": "8 0"}))
     assert measure.beside(nothing, *arms, 0.7, "accept_cond_0") is None
     assert measure.beside(runs.iloc[[0, 5]], *arms, 0.7, "tokens_per_second") is None  # no prompt in common
+    at, low, high = measure.beside(runs.iloc[[0, 4]], *arms, 0.7, "tokens_per_second")
+    assert (at, low, high) == (pytest.approx(1.5), 0.0, np.inf)  # one prompt: nothing is known of others
+
+
+def test_one_prompt_has_no_interval():
+    table = measure.summary(by_hand(), "s").set_index(["method", "task", "metric"])
+    one, both = (table.loc["eagle-ps", task, "speedup_vs_plain"] for task in ("a", "all"))
+    assert one.n == 1 and one.value == pytest.approx(2.0) and np.isnan([one.low, one.high]).all()
+    assert both.n == 2 and both.low < both.value < both.high
+
+
+def test_trees_fit_the_drafters_there_are():
+    sizes = {"eagle": [[2, 8], [4, 16]], "eagle-ps": [[5, 8], [8, 16], [8, 32]], "medusa": [[2, 4]]}
+    assert len(measure.trees(sizes)) == 6
+    found = measure.trees(sizes, {"eagle-ps": 4, "medusa": 9, "other": 3})
+    shapes = [(arm.method, arm.k, arm.tree, arm.nodes) for arm in found]
+    assert shapes == [*(("eagle-ps", 4, "best_first", n) for n in (8, 16, 32)), ("medusa", 2, "best_first", 4)]

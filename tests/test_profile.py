@@ -65,7 +65,7 @@ def test_the_longer_study_takes_over_what_the_shorter_one_made():
             "slot_decay = -1.0; it is a number of 0 or more",
         ),
         ('title = "a"\n[drafters.x]\nkind = "eagle"\nfeature_weight = nan', "feature_weight = nan"),
-        ('title = "a"\n[target]\nhidden_size = 32\nheads = 3', "hidden_size is a multiple of heads"),
+        ('title = "a"\n[target]\nhidden_size = 32\nheads = 3', "hidden_size is a multiple of twice the heads"),
         ('title = "a"\nseed = -1', "seed = -1"),
         ('title = "a"\n[drafters.x]\nkind = "eagle-ps"\nlink = -4', "link = -4; it is 0 or more"),
         ('title = "a"\n[data]\nlength = 1', "data: length = 1; it is 16 or more"),
@@ -93,7 +93,7 @@ def test_cost_hints_are_near_what_trainings_took():
     """Minutes on one H200 or H100 of the shipped trainings (checkpoints/*/training.csv), within a factor 3."""
     took = {"target": 5.5, "eagle": 1.1, "medusa": 1.1, "eagle-ps": 9.0}
     for name, minutes in took.items():
-        told = float(runner._estimate(profile.load("embedded"), name).split(", ")[1].split()[0])
+        told = float(runner._estimate(Study.open("embedded"), name).split(", ")[1].split()[0])
         assert minutes / 3 < told < minutes * 3, name
 
 
@@ -102,7 +102,7 @@ def test_cost_hints_are_of_this_machine_and_in_units_to_read(monkeypatch):
     told = {}
     for cores in (1, 4):
         monkeypatch.setattr(runner.os, "sched_getaffinity", lambda _, n=cores: range(n), raising=False)
-        told[cores] = runner._estimate(profile.load("h200"), "target").split(",")[0].removeprefix("about ").split()
+        told[cores] = runner._estimate(Study.open("h200"), "target").split(",")[0].removeprefix("about ").split()
     assert told[1][2:] == ["on", "1", "core"] and told[4][1:] == ["days", "on", "4", "cores"]
     assert float(told[1][0]) == pytest.approx(4 * float(told[4][0]), abs=0.3)
 

@@ -127,6 +127,7 @@ def test_a_grid_goes_on_where_it_was(target, tmp_path):
         target=lambda: target,
         _training_rows=lambda name="target": (rows, rows),
         for_training=lambda: calls.append("in its format") or study,
+        uses=lambda path: path,
     )
     calls = []
     two = [recipe.Variant("base"), recipe.Variant("shared masks", {"mask_mode": "shared"})]

@@ -81,3 +81,16 @@ def test_rows_that_cannot_be_answered_are_refused():
         respond.respond(target, toys.rows(2, 24), 20, 1.0, seed=0)
     with pytest.raises(UserError, match="rows of 300 tokens, but the target's context has 256"):
         respond.respond(target, toys.rows(2, 300), 4, 1.0, seed=0)
+
+
+def test_a_long_prompt_cuts_no_other_answer(monkeypatch):
+    """Prompts of 4 and 16 tokens in rows of 24: alone or together, each answer may go on to its own row's end."""
+    target = toys.target()
+    ids = torch.randint(0, toys.VOCAB - 1, (2, 24), generator=torch.Generator().manual_seed(4))
+    mask = torch.zeros(2, 24, dtype=torch.long)
+    mask[0, 4:], mask[1, 16:] = 1, 1
+    rows = {"input_ids": ids, "document": torch.zeros_like(ids), "loss_mask": mask}
+    monkeypatch.setattr(respond, "SHORTEST_WINDOW", 1)
+    together, alone = (respond.respond(target, rows, 4, 0.7, 1, size=size) for size in (8, 1))
+    assert together["input_ids"] == alone["input_ids"] and together["loss_mask"] == alone["loss_mask"]
+    assert max(sum(mask) for mask in together["loss_mask"]) > 24 - 16

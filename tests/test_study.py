@@ -4,6 +4,7 @@ import errno
 import json
 import lzma
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -277,7 +278,7 @@ def test_table_is_measured_once(toy, made, capsys):
         Study.open("toy.toml").table("times", {"ks": object()}, numbers(calls))
 
 
-def test_table_is_measured_again_when_it_must(toy, made):
+def test_table_is_measured_again_when_it_must(toy, made, monkeypatch):
     calls = []
 
     def measured(ks=(1, 2), **more):
@@ -301,6 +302,57 @@ def test_table_is_measured_again_when_it_must(toy, made):
     (toy / "constraints.txt").write_text("other==2\n")
     assert measured()
     assert not measured()
+    change(toy, 'title = "toy"', 'title = "toy"\nstages = ["01_first"]')
+    change(toy, "steps = 3", "log_every = 7, steps = 3")
+    assert not measured()  # neither changes a number
+    monkeypatch.setattr(manifest, "machine_name", lambda facts: "another machine")
+    assert measured()
+
+
+def test_a_notebook_stands_on_the_files_that_it_used(toy, made, monkeypatch):
+    study, artefact = Study.open("toy.toml"), toy / "results" / "toy" / "notebooks" / "01_first.ipynb"
+    manifest.write_text(artefact, "{}")
+    log = study.results / "training_log.md"
+    monkeypatch.setenv("PSNB_NOTEBOOK", "01_first")
+    study.table("01_times", {}, numbers([]))
+    assert study.uses(log) == log and not log.is_file()
+    monkeypatch.delenv("PSNB_NOTEBOOK")
+    study.uses(log.with_name("other.csv"))  # a person's own notebook notes nothing
+    files = study.used("01_first")
+    assert files.keys() == {"01_times.csv", "training_log.md"} and files["training_log.md"] == ""
+    assert study.used("01_first") == {}
+    study.done("01_first", "key", artefact, 0.0, files=files)
+    assert study.current("01_first", "key", artefact)
+    log.write_text("what was tried")
+    assert not study.current("01_first", "key", artefact)
+    log.unlink()
+    assert study.current("01_first", "key", artefact)
+    (study.results / "01_times.csv").write_text("of another run")
+    assert not study.current("01_first", "key", artefact)
+
+
+def test_fresh_begins_at_the_first_step(toy, made, monkeypatch):
+    study, there = Study.open("toy.toml", fresh=["eagle"]), []
+    state = study._state("eagle")
+    state.mkdir(parents=True)
+    monkeypatch.setattr(train, "train_drafter", lambda *a, state, **k: there.append(state.is_dir()) or weights(a[4], 1))
+    study.target()
+    state = study._state("eagle")  # it is named by the target's weights too
+    state.mkdir(parents=True)
+    study.drafter("eagle")
+    assert there == [False]
+
+
+def test_a_folders_target_is_known_by_all_its_weights(toy, made):
+    folder = toy / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    change(toy, "[target]", '[target]\npath = "model"')
+    found = set()
+    for weights_file, content in (("pytorch_model.bin", b"1"), ("pytorch_model.bin", b"2"), ("config.json", b"{ }")):
+        (folder / weights_file).write_bytes(content)
+        found.add(Study.open("toy.toml")._target_id())
+    assert len(found) == 3
 
 
 def test_a_clones_numbers_do_not_count_as_measured_here(toy, made):
@@ -440,8 +492,11 @@ def test_prompts_of_another_version_are_a_warning(toy, monkeypatch):
 
 
 def test_chats_become_rows_with_a_loss_mask(toy):
-    turns = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Quite a few, I would say."}]
-    (toy / "chats.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 60)
+    def record(n):
+        turns = [("user", f"How many {n}?"), ("assistant", "Quite a few, I would say.")]
+        return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}) + "\n"
+
+    (toy / "chats.jsonl").write_text("".join(record(n) for n in (*range(60), *range(9))))  # nine of them twice
     change(toy, "[target]", '[data]\nsource = "chats.jsonl"\nvocab_size = 260\nlength = 64\n[target]')
     study = Study.open("toy.toml")
     train = study.rows("train")
@@ -450,8 +505,9 @@ def test_chats_become_rows_with_a_loss_mask(toy):
     assert study.tokenizer().decode(chosen).startswith("Quite a few, I would say.<|endoftext|>")
     assert {name: len(split) for name, split in study.corpus().items()} == {"train": 57, "held_out": 3}
     assert study.made("corpus")["empty"] == 0 and study.made("tokens-train")["cut"] == 0
+    assert study.made("corpus")["repeated"] == 9
     [prompt] = study.prompts()["prompt"][:1]
-    assert prompt == "<|user|>\nHow many?<|endoftext|><|assistant|>\n"
+    assert re.fullmatch(r"<\|user\|>\nHow many \d+\?<\|endoftext\|><\|assistant\|>\n", prompt)
     asked = {"question_id": 1, "category": "qa", "turns": ["Why?"]}
     (toy / "question.jsonl").write_text(json.dumps(asked))
     change(toy, "[data]", '[data]\nquestions = "question.jsonl"')
@@ -496,9 +552,12 @@ def test_a_mix_of_chat_files_with_its_own_held_out_and_a_code_task(toy, monkeypa
 
 
 def test_weights_are_trained_again_for_another_text(toy, made, monkeypatch):
+    def text(path, words, count):
+        path.write_text("".join(json.dumps({"text": f"{words} {n}"}) + "\n" for n in range(count)))
+
     for name, count in (("a", 3), ("b", 4)):
         (toy / name).mkdir()
-        (toy / name / "chats.jsonl").write_text('{"text": "some words"}\n' * count)
+        text(toy / name / "chats.jsonl", name, count)
     change(toy, "[target]", '[data]\nsource = "a/chats.jsonl, b/chats.jsonl"\nlength = 64\n[target]')
 
     def models():
@@ -511,14 +570,14 @@ def test_weights_are_trained_again_for_another_text(toy, made, monkeypatch):
 
     assert models() == ["train target", "train eagle"] and models() == []
     assert len(Study.open("toy.toml").corpus()["train"]) == 6
-    (toy / "a" / "chats.jsonl").write_text('{"text": "other words"}\n' * 23)
+    text(toy / "a" / "chats.jsonl", "other", 23)
     assert not Study.open("toy.toml").ready("eagle")
     assert models() == ["train target", "train eagle"] and Study.open("toy.toml").ready("eagle")
     assert len(Study.open("toy.toml").corpus()["train"]) == 25
     change(toy, "length = 64", 'validation = "val.jsonl"\nlength = 64')
-    (toy / "val.jsonl").write_text('{"text": "held out"}\n' * 3)
+    text(toy / "val.jsonl", "held out", 3)
     assert models() == ["train target", "train eagle"]
-    (toy / "val.jsonl").write_text('{"text": "held out too"}\n' * 3)
+    text(toy / "val.jsonl", "held out too", 3)
     assert models() == []  # nothing is trained on it
     (toy / "b" / "chats.jsonl").unlink()  # weights do without the text
     assert Study.open("toy.toml").ready("eagle")
@@ -527,7 +586,7 @@ def test_weights_are_trained_again_for_another_text(toy, made, monkeypatch):
 def test_one_chat_is_too_few(toy):
     (toy / "one.jsonl").write_text('{"text": "alone"}\n{"text": ""}\n')
     change(toy, "[target]", '[data]\nsource = "one.jsonl"\nlength = 64\n[target]')
-    with pytest.raises(UserError, match="one.jsonl: 1 record with content; give more"):
+    with pytest.raises(UserError, match="one.jsonl: 1 different records and no validation file; give more"):
         Study.open("toy.toml").corpus()
 
 
@@ -585,7 +644,9 @@ def test_where_things_go(toy, monkeypatch):
 
 def test_a_table_of_another_profile(tmp_path):
     study = Study.open("smoke", tmp_path)
-    with pytest.raises(UserError, match=r"other/04_runs\.csv: not there; `psnb run --profile other --output /\S+` measures it"):
+    with pytest.raises(
+        UserError, match=r"other/04_runs\.csv: not there; `psnb run --profile other --output /\S+` measures it"
+    ):
         study.measured("04_runs", "other")
     manifest.write_frame(tmp_path / "results" / "other" / "04_runs.csv", pd.DataFrame({"tree": ["", "chain"]}))
     assert study.measured("04_runs", "other").tree.tolist() == ["", "chain"]
