@@ -33,7 +33,8 @@ def arms(lengths: dict[str, int], nodes: int) -> list[Arm]:
 
     {"eagle": 5, "eagle-ps": 8}, 16 -> the three baselines, 2 chains, a dynamic and a best-first tree.
     """
-    made = measure.chains({**{name: [0] for name in measure.BASELINES}, **{name: [k] for name, k in lengths.items()}})
+    baselines = ("plain", "hf_generate", "hf_static")
+    made = measure.chains({name: [0] for name in baselines} | {name: [k] for name, k in lengths.items()})
     grown = {name: [[k, nodes]] for name, k in lengths.items() if nodes}
     return made + measure.trees(grown)
 

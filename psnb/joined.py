@@ -150,11 +150,11 @@ def by_columns(module: nn.Module) -> None:
 
 
 @functools.cache
-def bfloat16_pays(width: int, inner: int, layers: int, repeats: int = 15) -> bool:
+def bfloat16_pays(width: int, inner: int, layers: int, repeats: int = 15, least: float = 0.3) -> bool:
     """Whether this CPU multiplies 1 and 8 rows by matrices [inner, width] in less time in bfloat16 than in float32.
 
-    Measured, with as many matrices as a model of so many layers has or as fit in 64 MB: small ones may well be slower
-    in bfloat16, which pays a fixed price a product, even where the hardware computes in it.
+    Measured for `least` seconds, with as many matrices as a model of so many layers has or as fit in 64 MB: small ones
+    may well be slower in bfloat16, which pays a fixed price a product, even where the hardware computes in it.
     """
     count = max(1, min(layers, 2**24 // (width * inner)))
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
@@ -162,7 +162,9 @@ def bfloat16_pays(width: int, inner: int, layers: int, repeats: int = 15) -> boo
         models = {d: nn.Sequential(*(nn.Linear(width, inner, False, dtype=d) for _ in range(count))) for d in best}
         inputs = {d: [torch.zeros(rows, width, dtype=d) for rows in (1, 8)] for d in best}
         by_columns(models[torch.float32])
-        for _ in range(repeats):
+        start, turns = time.perf_counter(), 0
+        while turns < repeats or time.perf_counter() - start < least:
+            turns += 1
             for dtype, model in models.items():
                 began = time.perf_counter()
                 for x in inputs[dtype]:

@@ -46,7 +46,8 @@ COLUMNS = [
     "n",
     "unit",
 ]
-BASELINES = ("plain", "hf_generate", "hf_static")
+PLAIN32 = "plain_float32"  # plain decoding in float32, beside a study that is timed in another number format
+BASELINES = ("plain", PLAIN32, "hf_generate", "hf_static")
 ARM = ["method", "tree", "k", "nodes", "rule"]  # what tells one way of decoding from another
 TIE = 1e-4  # two best scores closer than this are a numeric tie (DESIGN, invariant 4)
 BOOTSTRAP = 1000
@@ -189,6 +190,7 @@ def run(
     label: str = "generating",
     engines: Engines | None = None,
     compiled: bool = True,
+    wide: Target | None = None,
 ) -> pd.DataFrame:
     """Generate with every arm x temperature on every prompt: one row a generation.
 
@@ -196,7 +198,14 @@ def run(
     prompt, in an order that rotates, and share one seed a (prompt, repeat). transformers' `generate`, which takes long,
     runs on the first `hf_prompts` of each family (0: all). `engines` decode in place of `decode`; on a GPU they are
     made where none are given, `compiled` or not: compiling takes seconds a way of decoding, and saves time alone.
+    `wide` is the target in float32, which the method `plain_float32` asks for.
     """
+
+    def one(arm: Arm, prompt: Sequence[int], settings: Settings) -> Generation:
+        if arm.method == PLAIN32 and wide is not None:
+            return autoregressive(wide, prompt, settings)
+        return generate(target, drafters, arm.method, prompt, settings, engines, static)
+
     greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
     families = pd.DataFrame(records)[["id", "family"]].groupby("family")
@@ -216,7 +225,7 @@ def run(
     ]
     for temperature, arm in product(temperatures if engines else (0.7,), arms):  # warm up, capture
         settings = arm.settings(max_new_tokens=WARM, temperature=temperature)
-        generate(target, drafters, arm.method, records[0]["input_ids"], settings, engines, static)
+        one(arm, records[0]["input_ids"], settings)
     rows = []
     for temperature, repeat, index, record in manifest.progress(plan, label):
         able = arms if temperature else greedy
@@ -230,7 +239,7 @@ def run(
                 seed=seed + 7919 * repeat + index,
                 stop_tokens=target.stop_tokens,
             )
-            made = generate(target, drafters, arm.method, record["input_ids"], settings, engines, static)
+            made = one(arm, record["input_ids"], settings)
             drafted = arm.method not in BASELINES
             histogram = np.bincount([r.accepted for r in made.whole_rounds], minlength=arm.k + 1)
             rows.append(

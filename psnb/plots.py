@@ -33,6 +33,7 @@ from psnb.measure import BASELINES
 SOLID, DASHED, DOTTED = (), (4, 2), (1, 1.5)
 STYLES: dict[str, tuple[str, str, tuple, str]] = {  # colour, marker, dashes, hatch
     "plain": ("#808080", "P", DOTTED, ""),
+    "plain_float32": ("#4d4d4d", "*", DOTTED, "**"),
     "hf_generate": ("#b3b3b3", "X", DOTTED, "oo"),
     "hf_static": ("#d0d0d0", "v", DOTTED, "++"),
     "medusa": ("#f0b040", "s", DASHED, "//"),

@@ -234,7 +234,8 @@ WEIGHTS = (
     "final_share",
     "response_temperature",
 )
-TAKEN = ("target", "report", "corpus", "tokenizer", "tokens", "rows", "prompts", "plain", "hf_generate", "hf_static")
+TAKEN = ("target", "report", "corpus", "tokenizer", "tokens", "rows", "prompts", "plain")
+TAKEN += ("plain_float32", "hf_generate", "hf_static")
 
 
 def _check(profile: Profile) -> None:

@@ -22,7 +22,7 @@ from matplotlib.mathtext import math_to_image
 
 from psnb import manifest, measure
 from psnb.errors import UserError
-from psnb.measure import ARM, BASELINES, COLUMNS, Arm
+from psnb.measure import ARM, BASELINES, COLUMNS, PLAIN32, Arm
 from psnb.plots import at_best, order, pick, shape_name, with_k
 
 if TYPE_CHECKING:
@@ -222,6 +222,8 @@ def notes(summary: pd.DataFrame, runs: pd.DataFrame | None = None) -> list[str]:
         "temperatures: k tokens in a row, or a tree of so many nodes, k deep.",
         "*x plain* is against plain decoding in the same engine; tokens per step counts the target's own token.",
     ]
+    if (rows.method == PLAIN32).any():
+        said.append(f"`{PLAIN32}` is plain decoding in float32, in which this machine may be faster at single tokens.")
     few = pick(rows, "tokens_per_second", method="hf_generate").n.max()
     if not pd.isna(few):
         said.append(f"*x generate* is against `transformers`' `generate`, on {few:.0f} prompts.")
@@ -349,8 +351,11 @@ def goals(summary: pd.DataFrame, gpu: bool = False, dtype: str = "float32", runs
     if gpu:
         own += [*_sibling_goals(summary, runs), *_cost_goals(summary)]
     else:
-        speed = found(at, "speedup_vs_plain", "eagle-ps")
-        own.append((f"eagle-ps with its best draft over plain decoding, {heat}", "at least", 1.5, speed))
+        what, speed = "plain decoding", found(at, "speedup_vs_plain", "eagle-ps")
+        wide = line(at, "speedup_vs_plain", PLAIN32)
+        if wide is not None and wide["value"] > 1:
+            what, speed = "plain decoding in float32", beside(runs, line(at, "speedup_vs_plain", "eagle-ps"), wide)
+        own.append((f"eagle-ps with its best draft over {what}, {heat}", "at least", 1.5, speed))
         against = versus(at, "speedup_vs_plain")
         own.append((f"eagle-ps over eagle, each with its best draft, {heat}", "above", 1, against))
     for what, sign, bound, measured in (*own, *_tree_goals(summary, gpu, runs)):
@@ -920,12 +925,14 @@ def lead(summary: pd.DataFrame, facts: dict[str, Any], judged: pd.DataFrame) -> 
         if not speed:
             continue
         text = f"At T = {heat:g} {draft_name(rows, method)}, decodes {_spread(speed)} times as fast as plain decoding"
+        wide = value(rows, "speedup_vs_plain", PLAIN32, temperature=heat)
+        text += f" ({speed[0] / wide:.2f} times as in float32)" if wide else ""
         pairs = {
             t: over(*(found(rows, "speedup_vs_plain", m, temperature=t) for m in (method, "eagle")))
             for t in temperatures(summary)
         }
-        beside = _at({t: f"{each[0]:.2f}" for t, each in pairs.items() if each})
-        said.append(text + (f"; its speed over that of {draft_name(rows, 'eagle')}, is {beside}." if beside else "."))
+        ratios = _at({t: f"{each[0]:.2f}" for t, each in pairs.items() if each})
+        said.append(text + (f"; its speed over that of {draft_name(rows, 'eagle')}, is {ratios}." if ratios else "."))
     for task in [t for t in pick(summary, stage=COST).task.dropna().unique() if str(t).endswith(" x 1")]:
         of = pick(with_k(summary), "speedup_vs_plain", stage=COST, task=task).sort_values("value")
         if rows.empty and len(of := of[~of.method.isin(BASELINES)]):

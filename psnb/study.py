@@ -300,7 +300,7 @@ class Study:
             or not artefact.is_file()
             or manifest.sha256_file(artefact) != record["sha256"]
             or any(_hash(self.results / name) != value for name, value in record.get("files", {}).items())
-            or record["machine"] != manifest.machine_name(self.about()["machine"])
+            or record["machine"] != manifest.machine_name(self.machine)
         ):
             return {}
         if not quiet:
@@ -328,7 +328,7 @@ class Study:
             "key": key,
             "at": manifest.now(),
             "seconds": round(time.monotonic() - began, 2),
-            "machine": manifest.machine_name(self.about()["machine"]),
+            "machine": manifest.machine_name(self.machine),
             "inputs": self._inputs(),
             "sha256": manifest.sha256_file(artefact),
             **facts,
@@ -932,6 +932,13 @@ class Study:
 
     # --- what is there --------------------------------------------------------------------------------------------
 
+    @property
+    def machine(self) -> dict[str, Any]:
+        """`manifest.machine`, asked once."""
+        if "machine" not in self._loaded:
+            self._loaded["machine"] = manifest.machine()
+        return self._loaded["machine"]
+
     def about(self) -> dict[str, Any]:
         """What the manifest says first: the profile, the sources and the machine."""
         if "about" not in self._loaded:
@@ -943,7 +950,7 @@ class Study:
                 "timing_dtype": self.fastest().profile.dtype,
                 "device": str(self.device),
                 "revision": manifest.revision(self.root),
-                "machine": manifest.machine(),
+                "machine": self.machine,
                 "settings": dataclasses.asdict(self.profile),
             }
         return self._loaded["about"]
@@ -960,7 +967,7 @@ class Study:
 
     def elsewhere(self) -> dict[str, str]:
         """Notebooks whose numbers another machine measured, and which; none in what was run here as a whole."""
-        here = manifest.machine_name(self.about()["machine"])
+        here = manifest.machine_name(self.machine)
         told = {name: f.get("machine", here) for name, f in self._kept().get("stages", {}).items()}
         return {name: machine for name, machine in told.items() if name in self.notebooks and machine != here}
 

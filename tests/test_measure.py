@@ -318,3 +318,15 @@ def test_trees_fit_the_drafters_there_are():
     found = measure.trees(sizes, {"eagle-ps": 4, "medusa": 9, "other": 3})
     shapes = [(arm.method, arm.k, arm.tree, arm.nodes) for arm in found]
     assert shapes == [*(("eagle-ps", 4, "best_first", n) for n in (8, 16, 32)), ("medusa", 2, "best_first", 4)]
+
+
+def test_plain_decoding_in_float32_stands_beside_another_format():
+    target, wide = toys.target(torch.bfloat16), toys.target(torch.float32)
+    arms = measure.chains({"plain": [0], measure.PLAIN32: [0]})
+    runs = measure.run(target, {}, prompts(), arms=arms, temperatures=[0.7], max_new_tokens=8, wide=wide)
+    first = runs[runs.method == measure.PLAIN32].iloc[0]
+    settings = Settings(temperature=0.7, max_new_tokens=8, seed=int(first.seed), stop_tokens=wide.stop_tokens)
+    assert first.output == " ".join(map(str, decode.autoregressive(wide, prompts()[0]["input_ids"], settings).tokens))
+    table = measure.summary(runs, "s").set_index(["method", "task", "metric"]).value
+    speed = runs.groupby("method")[["tokens", "decode_s"]].sum().pipe(lambda of: of.tokens / of.decode_s)
+    assert table[measure.PLAIN32, "all", "speedup_vs_plain"] == pytest.approx(speed[measure.PLAIN32] / speed["plain"])

@@ -765,3 +765,19 @@ def test_what_a_run_took_counts_nothing_twice():
     found = report.took({"stages": stages, "checkpoints": weights})
     assert found.stage.tolist() == ["rows-train", "03_draft_length", "target", "all"]
     assert found.seconds.tolist() == [5, 40, 100, 145]
+
+
+def test_a_speedup_is_held_against_the_faster_plain_decoding(summary):
+    """Plain decoding in float32 is 1.25 times as fast as in the format of the study, or not as fast."""
+    plain = plots.pick(summary, "speedup_vs_plain", stage="04_speedup", method="eagle", k=3)
+    plain = plain.assign(method="plain_float32", tree="", k=0, nodes=0)
+    goal = "eagle-ps with its best draft over plain decoding{}, T = 0.7"
+    alone = first(report.goals(summary).set_index("goal").measured[goal.format("")])
+    for speed, name, wanted in ((1.25, " in float32", alone / 1.25), (0.9, "", alone)):
+        both = pd.concat([summary, plain.assign(value=speed, low=speed, high=speed)], ignore_index=True)
+        assert first(report.goals(both).set_index("goal").measured[goal.format(name)]) == pytest.approx(
+            wanted, rel=0.01
+        )
+        said = " ".join(report.lead(both, FACTS, report.goals(both)))
+        assert f"({alone / speed:.2f} times as in float32)" in said
+        assert "plain_float32" in report.headline(both).method.tolist() and "in float32" in " ".join(report.notes(both))
