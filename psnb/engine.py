@@ -29,6 +29,7 @@ from psnb.cache import KVCache, StaticCache
 from psnb.decode import Generation, Round, Sampler, Settings, Stops, _forward, check
 from psnb.drafters import Drafter
 from psnb.drafters.base import gather, last
+from psnb.drafters.parallel import plant
 from psnb.errors import UserError
 from psnb.profile import nearest
 from psnb.target import Target, heads
@@ -245,7 +246,7 @@ class Engine:
         self.capacity = -(-(self.length + self.margin) // 64) * 64  # fused attention likes whole blocks
         sizes = [FIRST << i for i in range(24)] if not buckets else sorted(buckets)
         self.buckets = [b for b in sizes if b < self.capacity] + [self.capacity]
-        self.body = getattr(drafter, "body", None)
+        self.body, self.pairs = getattr(drafter, "body", None), getattr(drafter, "pairs", None)
         self.cache, self.own = self._caches()
         self.taps = taps
         width = (1 + len(taps)) * target.hidden_size
@@ -338,7 +339,7 @@ class Engine:
         if hidden is None:
             return self.plan(propose(logits, slice(0, self.plan.k)))
         root = last(self.following[..., None], self.valid)[:, 0, 0]
-        return self.drafter.plant(logits, hidden, root, self.plan, propose)
+        return plant(self.pairs, logits, hidden, root, self.plan, propose)
 
     def _noise(self) -> dict[str, Tensor]:
         """The noise of a round, each with a leading B (see `verify.Noise`)."""

@@ -142,6 +142,22 @@ def test_the_third_draft_length_compiles_nothing(kind, tree, monkeypatch):
     assert graphs[0] > graphs[1] > graphs[2] == plants, graphs
 
 
+def test_linked_trees_are_compiled_once_for_all_drafters(monkeypatch):
+    torch._dynamo.reset()
+    monkeypatch.setattr(engine, "_compile", lambda f, **options: torch.compile(f, backend="eager"))
+    target, graphs = toys.target(), []
+    settings = Settings(k=4, tree="best_first", nodes=6, max_new_tokens=9, repeat_stop=0)
+    for kind in ("medusa-ps linked", "eagle-ps linked"):
+        of = Engine(target, toys.drafter(kind, target), settings, compile_layers=True)
+        of._fast = {"_plant": of._fast["_plant"]}
+        of._compiled.clear()
+        of.cache.lay_out = of.own.lay_out = StaticCache._lay_out
+        torch._dynamo.utils.counters.clear()
+        assert of.generate([PROMPT])[0].tokens == decode.autoregressive(target, PROMPT, settings).tokens
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [1, 0]
+
+
 def test_a_compiled_walk_keeps_nothing_of_vmap():
     """Traced to its end with functionalised tensors, which the inner ones of vmap must not outlive."""
     target = toys.target(torch.float64)

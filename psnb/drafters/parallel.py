@@ -17,6 +17,42 @@ from psnb.tree import Plan, Tree
 WIDTH = 32  # candidates of a linked slot, at least
 
 
+class Pairs:
+    """What the candidates of a slot are worth after each of the slot before, from tables that are made once.
+
+    By token, [V, rank] each: what a link hears of the one before, and what it writes to the logit of the next.
+    w (h + B silu(A h + C e)) = w h + (w B) silu(A h + C e): a pair costs `rank` products and no pass of the head.
+    """
+
+    def __init__(self, link: Link, target: Target) -> None:
+        model = target.model
+        with torch.inference_mode(False), torch.no_grad():
+            self.row = link.row
+            self.heard = link.hear(model.get_input_embeddings().weight)
+            self.written = model.get_output_embeddings().weight @ link.write.weight
+
+    def __call__(self, logits: Tensor, hidden: Tensor, tokens: Tensor, root: Tensor) -> Tensor:
+        """Logits of each slot's candidates after each of the slot before (slot 0: all rows are alike, after the root).
+
+        logits [(B,) k, V] of the slots' rows alone, these rows hidden [(B,) k, H], tokens [(B,) k, W], root [(B,)]
+        -> [(B,) k, W (the token before), W].
+        """
+        before = torch.cat([root[..., None, None].expand_as(tokens[..., :1, :]), tokens[..., :-1, :]], -2)
+        middle = F.silu(self.row(hidden)[..., None, :] + self.heard[before])
+        return logits.gather(-1, tokens)[..., None, :] + middle @ self.written[tokens].transpose(-1, -2)
+
+
+def plant(pairs: Pairs | None, logits: Tensor, hidden: Tensor, root: Tensor, plan: Plan, choose: Choose) -> Tree:
+    """The tree from the slots' logits and rows [(B,) k, ...] and the token before the first of them [(B,)].
+
+    No method: an engine compiles it once for all drafters.
+    """
+    slots = slice(0, plan.k)
+    if pairs is None:
+        return plan(choose(logits, slots))
+    return plan(choose(logits, slots, lambda tokens: pairs(logits, hidden, tokens, root)))
+
+
 class Parallel(Drafter):
     """The one-pass part that both variants share: real rows, then masks, causally, in a single forward."""
 
@@ -27,24 +63,15 @@ class Parallel(Drafter):
         super().__init__(spec, target)
         if spec.link:
             self.link, self.width = Link(target.hidden_size, spec.link), WIDTH
-        self.register_buffer("heard", None, persistent=False)
-        self.register_buffer("written", None, persistent=False)
+        self.pairs: Pairs | None = None  # of linked slots, once `ready`
 
     def train(self, mode: bool = True) -> Parallel:
-        self.heard = self.written = None
+        self.pairs = None
         return super().train(mode)
 
     def ready(self) -> None:
-        """By token, [V, rank] each: what a link hears of the one before, and what it writes to the logit of the next.
-
-        w (h + B silu(A h + C e)) = w h + (w B) silu(A h + C e): a pair costs `rank` products and no pass of the head.
-        """
-        if self.link is None or self.heard is not None:
-            return
-        model = self.target.model
-        with torch.inference_mode(False), torch.no_grad():
-            self.heard = self.link.hear(model.get_input_embeddings().weight)
-            self.written = model.get_output_embeddings().weight @ self.link.write.weight
+        if self.link is not None and self.pairs is None:
+            self.pairs = Pairs(self.link, self.target)
 
     def real(self, features: Tensor, next_ids: Tensor) -> Tensor:
         """Inputs of the real rows: features [B, m, (1 + taps) * H], next_ids [B, m] -> [B, m, H]."""
@@ -101,24 +128,7 @@ class Parallel(Drafter):
     ) -> Tree:
         hidden = self.ahead(features, next_ids, plan.k, cache, valid)
         root = next_ids[0, -1] if valid is None else self.last(next_ids[..., None], valid)[:, 0, 0]
-        return self.plant(self.logits(hidden, 0), hidden, root, plan, choose)
-
-    def plant(self, logits: Tensor, hidden: Tensor, root: Tensor, plan: Plan, choose: Choose) -> Tree:
-        """The tree from the slots' logits and rows [(B,) k, ...] and the token before the first of them [(B,)]."""
-        slots = slice(0, plan.k)
-        if self.link is None:
-            return plan(choose(logits, slots))
-        return plan(choose(logits, slots, lambda tokens: self.pairs(logits, hidden, tokens, root)))
-
-    def pairs(self, logits: Tensor, hidden: Tensor, tokens: Tensor, root: Tensor) -> Tensor:
-        """Logits of each slot's candidates after each of the slot before (slot 0: all rows are alike, after the root).
-
-        logits [(B,) k, V] of the slots' rows alone, these rows hidden [(B,) k, H], tokens [(B,) k, W], root [(B,)]
-        -> [(B,) k, W (the token before), W]. After `ready`.
-        """
-        before = torch.cat([root[..., None, None].expand_as(tokens[..., :1, :]), tokens[..., :-1, :]], -2)
-        middle = F.silu(self.link.row(hidden)[..., None, :] + self.heard[before])
-        return logits.gather(-1, tokens)[..., None, :] + middle @ self.written[tokens].transpose(-1, -2)
+        return plant(self.pairs, self.logits(hidden, 0), hidden, root, plan, choose)
 
 
 class EaglePS(Parallel):
