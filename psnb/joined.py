@@ -151,24 +151,24 @@ def by_columns(module: nn.Module) -> None:
 
 @functools.cache
 def bfloat16_pays(width: int, inner: int, layers: int, repeats: int = 15, least: float = 0.3) -> bool:
-    """Whether this CPU multiplies 1 and 8 rows by matrices [inner, width] in less time in bfloat16 than in float32.
+    """Whether this CPU multiplies 8 rows by matrices [inner, width] in less time in bfloat16 than in float32.
 
-    Measured for `least` seconds, with as many matrices as a model of so many layers has or as fit in 64 MB: small ones
+    So many rows has a pass that verifies a draft. (For one row the answer may be another, and with both it changed from
+    run to run on one machine: `measure.PLAIN32` shows what plain decoding makes of the other format.) Measured for `least` seconds, with as many matrices as a model of so many layers has or as fit in 64 MB: small ones
     may well be slower in bfloat16, which pays a fixed price a product, even where the hardware computes in it.
     """
     count = max(1, min(layers, 2**24 // (width * inner)))
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
     with torch.inference_mode():
         models = {d: nn.Sequential(*(nn.Linear(width, inner, False, dtype=d) for _ in range(count))) for d in best}
-        inputs = {d: [torch.zeros(rows, width, dtype=d) for rows in (1, 8)] for d in best}
+        inputs = {d: torch.zeros(8, width, dtype=d) for d in best}
         by_columns(models[torch.float32])
         start, turns = time.perf_counter(), 0
         while turns < repeats or time.perf_counter() - start < least:
             turns += 1
             for dtype, model in models.items():
                 began = time.perf_counter()
-                for x in inputs[dtype]:
-                    for one in model:
-                        one(x)
+                for one in model:
+                    one(inputs[dtype])
                 best[dtype] = min(best[dtype], time.perf_counter() - began)
     return best[torch.bfloat16] < best[torch.float32]
