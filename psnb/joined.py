@@ -154,8 +154,9 @@ def bfloat16_pays(width: int, inner: int, layers: int, repeats: int = 15, least:
     """Whether this CPU multiplies 8 rows by matrices [inner, width] in less time in bfloat16 than in float32.
 
     So many rows has a pass that verifies a draft. (For one row the answer may be another, and with both it changed from
-    run to run on one machine: `measure.PLAIN32` shows what plain decoding makes of the other format.) Measured for `least` seconds, with as many matrices as a model of so many layers has or as fit in 64 MB: small ones
-    may well be slower in bfloat16, which pays a fixed price a product, even where the hardware computes in it.
+    run to run on one machine: `measure.PLAIN32` shows what plain decoding makes of the other format.) Measured for
+    `least` seconds, with as many matrices as a model of so many layers has or as fit in 64 MB: small ones may well be
+    slower in bfloat16, which pays a fixed price a product, even where the hardware computes in it.
     """
     count = max(1, min(layers, 2**24 // (width * inner)))
     best = dict.fromkeys((torch.float32, torch.bfloat16), float("inf"))
