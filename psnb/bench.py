@@ -78,9 +78,8 @@ def run(
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     longest = min(max(map(len, chosen["input_ids"])) + max(measure.WARM, tokens), target.context)
-    engines = (
-        Engines(target, drafters, length=longest) if cuda else None
-    )  # made here, to be asked how long they captured
+    # made here, to be asked how long they captured
+    engines = Engines(target, drafters, length=longest) if cuda else None
     lengths = {name: min(k, drafter.k) for name, drafter in drafters.items()}
     for name, length in lengths.items():
         if length < k:

@@ -198,9 +198,7 @@ def load(name: str) -> Profile:
             raise UserError(f"profile file {name} does not exist; profiles that come with psnb: {', '.join(names())}")
         raw, name = path.read_bytes(), path.stem
         if name in names() and raw != (resources.files("psnb.profiles") / path.name).read_bytes():
-            raise UserError(
-                f"profile file {path}: {name} is a profile that comes with psnb, rename yours: a name has one"
-            )
+            raise UserError(f"profile file {path}: another profile {name} comes with psnb; rename the file")
     else:
         if name not in names():
             cure = f"did you mean {name}.toml?" if Path(f"{name}.toml").is_file() else nearest(name, names())

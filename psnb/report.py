@@ -981,11 +981,9 @@ def _front(facts: dict[str, Any], results: Path) -> str:
         parts.append(_paragraph(lead(summary, facts, tables["Goals"])))
         below["Headline"] = _paragraph(notes(summary, generations.get(SPEEDUP)))
         if tables["Goals"].measured.str.contains(" to ").any():
-            about = (
-                "Numbers in brackets are 95 % intervals; a goal whose bound lies within them is undecided. Ratios of "
-            )
-            about += "what was generated from the same prompts are paired by prompt."
-            below["Goals"] = _paragraph([about])
+            about = ["Numbers in brackets are 95 % intervals; a goal whose bound lies within them is undecided."]
+            about += ["Ratios of what was generated from the same prompts are paired by prompt."]
+            below["Goals"] = _paragraph(about)
     tables = {name: frame for name, frame in tables.items() if len(frame)}
     shown = [
         f"<h2>{name}</h2>{frame.to_html(index=False, border=0)}{below.get(name, '')}" for name, frame in tables.items()

@@ -1,6 +1,7 @@
 """Profiles are refused before any work where they say something wrong."""
 
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -81,6 +82,15 @@ def test_one_clear_line(tmp_path, text, message):
     with pytest.raises(UserError, match=message) as error:
         profile.load(str(path))
     assert "\n" not in str(error.value).split("TOML:")[0]
+
+
+def test_a_file_may_not_take_the_name_of_a_shipped_profile(tmp_path):
+    """Its results would stand in the place of those that came with the project."""
+    shipped = Path(profile.__file__).parent / "profiles" / "embedded.toml"
+    (tmp_path / "embedded.toml").write_text(shipped.read_text() + "\n# mine")
+    with pytest.raises(UserError, match="another profile embedded comes with psnb; rename the file"):
+        profile.load(str(tmp_path / "embedded.toml"))
+    assert profile.load(str(shipped)) == profile.load("embedded")
 
 
 def test_a_file_in_another_encoding_is_named(tmp_path):
