@@ -70,7 +70,7 @@ GRID = (
     Variant("1 layer", {"layers": 1}),
     Variant("2 layers", {"layers": 2}),
     Variant("4 layers", {"layers": 4}),
-    Variant("no warm start", {"warm_start": ""}),
+    Variant("warm start", {"warm_start": "eagle"}),
     Variant("slot_decay 0.5", {"slot_decay": 0.5}),
     Variant("slot_decay 0.9", {"slot_decay": 0.9}),
     Variant("slot_decay 1", {"slot_decay": 1.0}),
@@ -242,8 +242,8 @@ def train_variant(
 
     seconds: of the whole training, with its compilation; step_ms: median over the logged stretches of steps.
     """
-    warm = warm_start_from if spec.warm_start else None
-    train_drafter(spec, target, rows, held_out, folder, seed=seed, device=target.device, warm_start_from=warm)
+    how = {"seed": seed, "device": target.device, "warm_start_from": warm_start_from}
+    train_drafter(spec, target, rows, held_out, folder, **how)
     log = pd.read_csv(folder / "training.csv")
     times = log[log.metric == "seconds"]
     about = {
@@ -283,7 +283,7 @@ def run(
 
     base: the drafter that is varied; another one than BASE stands before its variants' names. Each is judged in chains
     of `ks` on `texts` texts. batch: what the rows are filed under (empty: the steps); "full" for trainings that are
-    meant to be compared at equal minutes. The drafter that the base starts from is trained first, if it is not there.
+    meant to be compared at equal minutes. A drafter that a variant starts from is trained first, if it is not there.
     Raises UserError.
     """
     if base not in study.profile.drafters:
@@ -292,13 +292,18 @@ def run(
         raise UserError(f"texts = {texts}: between 1 and {ROWS} can be judged")
     if min(ks) < 1:
         raise UserError(f"ks = {list(ks)}: chains have 1 token or more")
+    spec = study.profile.drafters[base]
+    specs = {variant.name: variant.spec(spec, steps) for variant in variants}
+    for name, varied in specs.items():
+        if varied.warm_start not in ("", *study.profile.drafters):
+            raise UserError(f"{name}: no drafter {varied.warm_start!r} to start from in this profile; leave it out")
     study = study.for_training()
-    path, spec = study.results / NAME, study.profile.drafters[base]
+    path = study.results / NAME
     done = pd.read_csv(path, dtype={"batch": str}) if path.is_file() else pd.DataFrame(columns=COLUMNS)
     target = study.target()
-    if spec.warm_start:
-        study.drafter(spec.warm_start)  # trained first, if it is not there
-    warm = study.checkpoint(spec.warm_start) if spec.warm_start else None
+    warm = {start: study.checkpoint(start) for start in {varied.warm_start for varied in specs.values()} - {""}}
+    for start in warm:
+        study.drafter(start)
     train, held_out = (as_batch(rows) for rows in study._training_rows())
     held_out = {column: rows[:ROWS] for column, rows in held_out.items()}
     given = {"corpus": train}
@@ -315,9 +320,10 @@ def run(
             given[variant.responses] = as_batch(answered._training_rows(base)[0])
         manifest.say(f"recipe: {label}, seed {seed}, {steps} steps")
         with tempfile.TemporaryDirectory() as folder:
+            varied = specs[variant.name]
             made = train_variant(
-                variant.spec(spec, steps), target, given[variant.responses], held_out, written, Path(folder),
-                seed=seed, warm_start_from=warm, temperature=temperature, ks=ks,
+                varied, target, given[variant.responses], held_out, written, Path(folder),
+                seed=seed, warm_start_from=warm.get(varied.warm_start), temperature=temperature, ks=ks,
             )  # fmt: skip
         rows = pd.DataFrame([name | row for row in made]).reindex(columns=COLUMNS)
         done = pd.concat([done, rows], ignore_index=True) if len(done) else rows

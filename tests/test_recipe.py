@@ -146,6 +146,8 @@ def test_a_grid_goes_on_where_it_was(target, tmp_path):
         recipe.run(study, two, 2, [1], PREFIX, base="eagle-p")
     with pytest.raises(UserError, match="1 token or more"):
         recipe.run(study, two, 2, [1], PREFIX, ks=[5, 0])
+    with pytest.raises(UserError, match="warm start: no drafter 'eagle'"):
+        recipe.run(study, recipe.select(["warm start"]), 2, [1], PREFIX)
     with pytest.raises(UserError, match="texts = 0"):
         recipe.run(study, two, 2, [1], PREFIX, texts=0)
     pd.testing.assert_frame_equal(recipe.load(study), both, check_dtype=False)
