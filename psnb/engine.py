@@ -39,8 +39,10 @@ from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform
 FIRST = 256  # rows of the smallest bucket
 PARTS = ("draft", "verify", "walk", "commit")  # of a round
 # The compiler's options. Products of one row become generated reductions, tried in several sizes: faster, and longer to
-# compile. The noise is a hash, whose words are each used twice: written out in full it took 2 cores 28 s, now 3.
-TUNED, SHORT = {"coordinate_descent_tuning": True}, {"realize_opcount_threshold": 8}
+# compile. The noise is a hash, whose words are each used twice: written out in full it took 2 cores 28 s, now 3. Tiling
+# by memory access is not meant for symbolic sizes: torch 2.11 stops where it meets two forms of one (pytorch#181563).
+TUNED = {"coordinate_descent_tuning": True}
+SHORT = {"realize_opcount_threshold": 8, "triton.coalesce_tiling_analysis": False}
 
 
 class _Given:
@@ -331,7 +333,8 @@ class Engine:
         return (self.held - self.valid).clamp(min=0), self._noise()
 
     def _propose(self, logits: Tensor, slots: slice) -> Candidates:
-        return self.sampler.propose(self.plan)(logits, slots)
+        """Of one slot: with a start and a stop of their own the noise's rows would number a difference of symbols."""
+        return self.sampler.propose(self.plan)(logits, slice(slots.start, slots.start + 1))
 
     def _plant(self, logits: Tensor, hidden: Tensor | None = None) -> Tree:
         """The tree of a one-pass drafter from its logits [B, k, V], and from its rows [B, k, H] if they are linked."""

@@ -142,6 +142,28 @@ def test_the_third_draft_length_compiles_nothing(kind, tree, monkeypatch):
     assert graphs[0] > graphs[1] > graphs[2] == plants, graphs
 
 
+def test_no_size_of_a_level_is_a_difference_of_symbols():
+    """On a GPU torch 2.11 refuses such sizes in a batch; and the options are the compiler's own."""
+    torch._dynamo.reset()
+    given = []
+
+    def record(graph, inputs):
+        given.extend(x.node.expr for x in inputs if isinstance(x, torch.SymInt))
+        return graph.forward
+
+    target = toys.target(torch.float64)
+    drafter = toys.drafter("eagle", target)
+    settings = Settings(k=3, tree="dynamic", nodes=8, temperature=0.7, max_new_tokens=9, repeat_stop=0)
+    for count in (1, 2):
+        of = Engine(target, drafter, settings, batch=count)
+        of._fast = {"_propose": torch.compile(Engine._propose, backend=record)}
+        assert_same(
+            of.generate(PROMPTS[:count], range(count)), target, drafter, PROMPTS[:count], settings, range(count)
+        )
+    assert given and all(size.is_Symbol for size in given), given
+    torch.compile(Engine._propose, options=engine.SHORT)
+
+
 def test_linked_trees_are_compiled_once_for_all_drafters(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(engine, "_compile", lambda f, **options: torch.compile(f, backend="eager"))
