@@ -236,6 +236,8 @@ def fit(
             if main:
                 manifest.say(f"training resumes after step {begin} of {spec.steps}")
     started = time.perf_counter() - seconds
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # peak_gb is this training's, not that of one before it
 
     def report(step: int, values: dict[str, float]) -> None:
         new = [{"step": step, "tokens": tokens, "metric": name, "value": value} for name, value in values.items()]

@@ -334,12 +334,16 @@ def run(
 def compare(frame: pd.DataFrame) -> pd.DataFrame:
     """One row a training: tokens_per_step of its shortest chains, what it gains on its batch's `base`, and its cost.
 
+    The base of `medusa-ps, X` is `medusa-ps, base`, where there is one.
+
     A batch is what was trained on the same rows for the same steps; only within one are differences the recipe's.
     """
     taus = frame[frame.metric == "tokens_per_step"]
     taus = taus[taus.k == taus.groupby(["batch", "variant", "seed"]).k.transform("min")]
-    base = taus[taus.variant == "base"].groupby("batch").value.mean()
-    taus = taus.assign(gain=taus.value - taus.batch.map(base))
+    others = [name.removesuffix("base") for name in taus.variant.unique() if name.endswith(", base")]
+    bases = [next((own for own in others if name.startswith(own)), "") + "base" for name in taus.variant]
+    means = taus.groupby(["batch", "variant"]).value.mean()
+    taus = taus.assign(gain=taus.value - means.reindex(pd.MultiIndex.from_arrays([taus.batch, bases])).to_numpy())
     names = ["batch", "variant", "seed", "steps", "rows", "tokens", "step_ms", "k", "value", "low", "high", "gain"]
     return taus[names].rename(columns={"value": "tokens_per_step"}).sort_values("tokens_per_step", ignore_index=True)
 

@@ -526,6 +526,12 @@ class Study:
                 else:
                     part = data.tokenize(shard, tokenizer)
                 parts.append(part)
+            if any(facts.values()):
+                cut, refused, silent = (f"{facts[kind]:,}" for kind in ("cut", "refused", "silent"))
+                say(
+                    f"tokens of {name}: {cut} chats cut at {self.profile.data.length} tokens; dropped: {refused} that "
+                    f"the template refuses, {silent} with nothing to train on"
+                )
             tokens = concatenate_datasets(parts)
             tokens.save_to_disk(folder)
             texts.cleanup_cache_files()

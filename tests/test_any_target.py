@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import toys
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
 from psnb import data, decode, profile, runner
@@ -145,7 +146,7 @@ def test_what_cannot_be_served_is_refused_before_any_training(project):
         study(project, 'responses = "targt"')
 
 
-def test_train_refuses_and_hands_on_what_its_processes_refuse(project):
+def test_train_in_one_process_and_two_and_what_they_refuse(project):
     save(project, LlamaConfig)
     study(project)
     with pytest.raises(UserError, match="--stage eagel: no model that this profile trains; did you mean eagle-ps"):
@@ -156,5 +157,11 @@ def test_train_refuses_and_hands_on_what_its_processes_refuse(project):
     with pytest.raises(UserError, match=r"^train.rows = 3 cannot be cut evenly in 2 process"):
         runner.train("mine.toml", "eagle-ps", 2)
     assert not Study.open("mine.toml").checkpoint("eagle-ps").exists()
-    assert runner.train("mine.toml", "eagle-ps") == Study.open("mine.toml").checkpoint("eagle-ps")
+    study(project)
+    folder = Study.open("mine.toml").checkpoint("eagle-ps")
+    assert runner.train("mine.toml", "eagle-ps") == folder
     assert Study.open("mine.toml").ready("eagle-ps")
+    one = load_file(folder / "drafter.safetensors")
+    assert runner.train("mine.toml", "eagle-ps", 2, fresh=True) == folder
+    for name, weight in load_file(folder / "drafter.safetensors").items():
+        torch.testing.assert_close(weight, one[name], atol=1e-3, rtol=0)

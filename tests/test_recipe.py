@@ -162,6 +162,21 @@ def test_a_grid_goes_on_where_it_was(target, tmp_path):
     assert sorted(recipe.compare(recipe.load(study)).k) == [1, 4, 4]  # of each training its shortest chains
 
 
+def test_a_variant_is_compared_with_its_own_base():
+    rows = [
+        ("one", "base", 2.0),
+        ("one", "1 layer", 1.5),
+        ("one", "medusa-ps, base", 1.4),
+        ("one", "medusa-ps, x", 1.5),
+    ]
+    rows += [("two", "1 layer", 1.0), ("two", "keep 0.7, 0.2", 1.2)]
+    frame = pd.DataFrame(rows, columns=["batch", "variant", "value"])
+    frame = frame.assign(metric="tokens_per_step", k=5, seed=1).reindex(columns=recipe.COLUMNS)
+    gain = recipe.compare(frame).set_index(["batch", "variant"]).gain
+    told = [gain["one", name] for _, name, _ in rows[:4]]
+    assert told == pytest.approx([0, -0.5, 0, 0.1]) and gain["two"].isna().all()
+
+
 def test_noise_stays_within_its_limit():
     assert recipe.ROWS * recipe.ROW <= 2**28
     assert torch.equal(
