@@ -146,6 +146,16 @@ def test_what_cannot_be_served_is_refused_before_any_training(project):
         study(project, 'responses = "targt"')
 
 
+def test_chats_that_are_cut_or_dropped_are_told(project, capsys):
+    save(project, LlamaConfig)
+    more = [{"role": "user", "content": "What is 1 + 2?"}, {"role": "assistant", "content": "It is 3, the sum. " * 40}]
+    with open(project[0] / "chats.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"messages": more}) + "\n" + json.dumps({"messages": more[:1]}))
+    study(project).rows("train")
+    told = "tokens of train: 1 chats cut at 96 tokens; dropped: 0 that the template refuses, 1 with nothing to train on"
+    assert told in capsys.readouterr().out
+
+
 def test_train_in_one_process_and_two_and_what_they_refuse(project):
     save(project, LlamaConfig)
     study(project)
