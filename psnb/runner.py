@@ -429,7 +429,7 @@ def _estimate(study: Study, name: str) -> str:
         body = width**2 * spec.k if medusa else spec.layers * layer
         flops = flops / 3 + 6 * (1 + masks) * (body + width * vocabulary * (spec.k if medusa else 1))
     minutes, gpu = flops * budget.steps * budget.rows * profile.data.length / 60, GPU_FLOPS * min(width, 1024)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = manifest.cores()
     here = f"{_long(minutes / CORE_FLOPS / cores)} on {cores} core{'s' if cores > 1 else ''}"
     return f"about {here}, {_long(minutes / gpu)} on one GPU"
 

@@ -515,7 +515,7 @@ class Study:
         def make(folder: Path) -> dict[str, Any]:
             order = np.random.default_rng(self.profile.seed).permutation(len(texts))
             some = texts.select(sorted(order[:documents])) if documents else texts
-            workers = min(32, os.cpu_count() or 1) if chats and len(some) > MANY_CHATS else None
+            workers = min(32, manifest.cores()) if chats and len(some) > MANY_CHATS else None
             shards = min(2 if workers else 20, max(1, len(some) // FEW)) if chats else min(20, len(some))
             parts, facts = [], Counter()
             for i in manifest.progress(range(shards), label=f"tokens of {name}, part"):
