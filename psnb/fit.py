@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config as functorch
 from accelerate import Accelerator, PartialState
 from torch import Tensor, nn
 
@@ -90,14 +91,17 @@ def compiled(function: Callable[..., Any], spec: FitSpec, device: torch.device) 
 def compiled_layers(bodies: Iterable[nn.Module], spec: FitSpec, device: torch.device) -> Iterator[None]:
     """Inside, the decoder layers of these modules are compiled, as `compiled` says: once for all layers of a body.
 
-    A model compiled as a whole is traced layer by layer, and takes longer to compile the more it has.
+    A model compiled as a whole is traced layer by layer, and takes longer to compile the more it has. Of the
+    activations that the compiler would keep for the backward pass it keeps `activation_budget`: those dearest to make.
     """
     wanted = spec.compile and device.type == "cuda"
     layers = [layer for body in bodies for layer in getattr(body, "layers", ()) if wanted]
+    budget = spec.activation_budget
     try:
         for layer in layers:
             layer.forward = torch.compile(layer.forward, dynamic=False)
-        with torch._dynamo.config.patch(recompile_limit=64):  # a process's trainings share the layer's code
+        # a process's trainings share the layer's code
+        with torch._dynamo.config.patch(recompile_limit=64), functorch.patch(activation_memory_budget=budget):
             yield
     finally:
         for layer in layers:
@@ -288,7 +292,8 @@ def fit(
             kept = f"; what was saved after step {begin} is kept in {state}" if saved is not None and begin else ""
             raise UserError(
                 f"out of memory at training step {step}: set train.accumulate to {2 * spec.accumulate} (slower, the "
-                "same result), or lower train.rows, data.length, or a drafter's keep or layers" + kept
+                "same result), with train.compile lower train.activation_budget (likewise), or lower train.rows, "
+                "data.length, or a drafter's keep or layers" + kept
             ) from error
         module.zero_grad(set_to_none=True)
         tokens += next(iter(batch.values())).numel()

@@ -31,13 +31,14 @@ class FitSpec:
     weight_decay: float = 0.05
     clip: float = 1.0
     compile: bool = False  # torch.compile the loss (pays on a GPU only)
+    activation_budget: float = 1.0  # share of compiled layers' activations kept for backward; others are made again
     log_every: int = 20
     evaluate_every: int = 0  # 0: only at the end
     save_every: int = 200  # steps after which a killed run can go on
 
 
 # Of a training budget what changes nothing in what is trained: it may be another when a run is resumed.
-FREE = ("accumulate", "compile", "log_every", "evaluate_every", "save_every")
+FREE = ("accumulate", "compile", "activation_budget", "log_every", "evaluate_every", "save_every")
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ LEAST = {  # of whole numbers, wherever a profile has them
     "length": 16,
     "vocab_size": 257,  # the bytes and the end of a text
 }
-SHARES = ("keep", "keep_min", "anchors")  # in (0, 1]
+SHARES = ("keep", "keep_min", "anchors", "activation_budget")  # in (0, 1]
 POSITIVE = ("learning_rate", "clip")
 WEIGHTS = (
     "slot_decay",

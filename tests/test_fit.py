@@ -1,6 +1,7 @@
 """The training loop: cut batches, several processes, killed runs, and what it refuses."""
 
 import contextlib
+import functools
 import json
 import os
 import signal
@@ -237,3 +238,21 @@ def test_parts_of_a_batch_add_up_to_its_loss(kind):
 
     parts = [{name: tensor[i : i + n] for name, tensor in batch.items()} for i, n in ((0, 1), (1, 3), (4, 2))]
     torch.testing.assert_close(sum(map(loss, parts)), loss(batch), rtol=1e-6, atol=0)  # judged in float32
+
+
+def test_a_budget_of_activations_keeps_less_and_gives_the_same_gradient(monkeypatch):
+    """Of compiled layers; the compiler's own partition of their graph, without its code generation."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager_decomp_partition"))
+    target = toys.target()
+    body = toys.drafter("eagle-ps", target, layers=2).body
+    x, place = torch.randn(2, 24, target.hidden_size, requires_grad=True), torch.arange(24).expand(2, -1)
+    mask, found = torch.ones(1, 1, 24, 24, dtype=torch.bool).tril(), {}
+    for budget in (1.0, 0.2):
+        torch._dynamo.reset()
+        kept = []
+        with fit.compiled_layers([body], FitSpec(1, compile=True, activation_budget=budget), torch.device("cuda")):
+            with torch.autograd.graph.saved_tensors_hooks(lambda x, kept=kept: kept.append(x) or x, lambda x: x):
+                made = body(x, place, mask).square().sum()
+            found[budget] = sum(x.nbytes for x in kept), torch.autograd.grad(made, x)[0]
+    assert found[0.2][0] < 0.7 * found[1.0][0]
+    assert torch.allclose(found[0.2][1], found[1.0][1], rtol=1e-5)
