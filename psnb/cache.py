@@ -131,12 +131,27 @@ class StaticCache(Cache):
         shape = (layers, batch, heads, capacity, width)
         self.all_keys, self.all_values = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
-        self.bucket = capacity
+        self._count = torch.arange(capacity, device=device)
+        self.see(capacity)
         self.groups = 1  # query heads that share a key head
         self.attention = "auto"
         self.lay_out: Callable[..., Any] = StaticCache._lay_out  # or what was compiled from it
-        self._count = torch.arange(capacity, device=device)
         self._first = torch.arange(0, batch * heads * capacity, capacity, device=device).view(batch, heads, 1)
+
+    @property
+    def bucket(self) -> int:
+        """Rows that a forward sees: the size of a tensor, for a compiler can be told that another's may differ."""
+        return len(self._seen)
+
+    def see(self, bucket: int, one_of_many: bool = False) -> None:
+        """The first `bucket` rows. one_of_many: to be compiled for any number at once, not at first for this one."""
+        self._seen, self._many = self._count[:bucket], one_of_many
+        self.mark(self._seen)
+
+    def mark(self, seen: Any) -> None:
+        """Tells a compiler that the last dimension of what it made, or will be given, has `bucket` entries."""
+        if self._many and isinstance(seen, Tensor) and not torch.compiler.is_compiling():
+            torch._dynamo.maybe_mark_dynamic(seen, seen.ndim - 1)
 
     def load(self, row: int, cache: KVCache) -> None:
         """Copy the rows held by the cache of one sequence to the front of sequence `row`."""
@@ -165,20 +180,22 @@ class StaticCache(Cache):
 
         `seen` is bool [r, s] or [B, r, s], `ahead` may differ by row: int, [r] or [B, r].
         """
-        return self.lay_out(self, r, seen, ahead)
+        place, mask = self.lay_out(self, r, seen, ahead)
+        self.mark(mask)
+        return place, mask
 
     def _lay_out(self, r: int, seen: Tensor | None, ahead: int | Tensor) -> tuple[Tensor, Tensor | BlockMask]:
         start, count, bucket = self.length[:, None], self._count, self.bucket
         batch, at = len(start), start + count[:r]
         if seen is None:
-            place, sees = at, count[:bucket] <= at[..., None]
+            place, sees = at, self._seen <= at[..., None]
         else:
             s = seen.shape[-1]
             real = start + (r - s)
             place = (real + ahead).expand(batch, r)
             # a sequence that is done may stand beyond the bucket: its rows see anything, its keys land within
             own = (real + count[:s]).clamp(max=bucket - 1)[:, None].expand(batch, r, s)
-            sees = (count[:bucket] < real[..., None]).expand(batch, r, bucket).scatter(2, own, seen.expand(batch, r, s))
+            sees = (self._seen < real[..., None]).expand(batch, r, bucket).scatter(2, own, seen.expand(batch, r, s))
         self._at = (self._first + at[:, None]).flatten()
         self.length = self.length + r
         return place, self._mask(sees, r)

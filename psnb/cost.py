@@ -192,7 +192,8 @@ def _round(
     options: dict[str, Any],
 ) -> dict[str, float]:
     most = len(prompt) + max(settings.max_new_tokens, 2 * (settings.k + 1))
-    engine = Engine(target, drafter, settings, batch=batch, **{"length": most, **options})
+    once = {"length": most, "buckets": (), **options}  # all rounds are of about one length
+    engine = Engine(target, drafter, settings, batch=batch, **once)
     parts = engine.parts(prompt, repeats)
     if drafter is not None and trace:
         engine.replay(torch.tensor(trace))

@@ -37,6 +37,7 @@ from psnb.tree import Candidates, Plan, Shape, Tree
 from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform
 
 FIRST = 256  # rows of the smallest bucket
+BLOCK = 64  # rows of a cache come in so many
 PARTS = ("draft", "verify", "walk", "commit")  # of a round
 # The compiler's options. Products of one row become generated reductions, tried in several sizes: faster, and longer to
 # compile. The noise is a hash, whose words are each used twice: written out in full it took 2 cores 28 s, now 3. Tiling
@@ -186,7 +187,7 @@ def _compiled(cache: StaticCache, index: int, layer: nn.Module, tune: bool) -> C
 
 
 def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    """Compiled anew where a number of rows, a bucket or a tree is the second of its kind, then once for all others.
+    """Compiled anew where a number of rows or a tree is the second of its kind, then once for all others.
 
     A symbol for every size from the start takes longer: 75 s against 43 to trace notebook 3's engines on 2 cores.
     """
@@ -199,9 +200,10 @@ class Engine:
     length: tokens of a prompt and its answer, at most (0: the target's context), for which the caches have room. every:
     rounds between two looks of the host, which with graphs reads them while the next ones run: a sequence stops at most
     2 * every - 1 rounds late.
-    graph: rounds are CUDA graphs, one for each bucket of rows that attention sees (None: on a GPU). compile_layers:
-    torch.compile every decoder layer (None: in graphs). attention: see `cache.attend`. prompts: shared with other
-    engines. Raises `UserError` for what cannot work.
+    graph: rounds are CUDA graphs, one for each bucket of rows that attention sees (None: on a GPU). buckets: their
+    sizes, beside the whole cache (None: 256, 512, 1024 ..., so that a short context does not pay for a long one).
+    compile_layers: torch.compile every decoder layer (None: in graphs). attention: see `cache.attend`. prompts: shared
+    with other engines. Raises `UserError` for what cannot work.
     """
 
     def __init__(
@@ -215,7 +217,7 @@ class Engine:
         graph: bool | None = None,
         compile_layers: bool | None = None,
         attention: str = "auto",
-        buckets: Sequence[int] = (),
+        buckets: Sequence[int] | None = None,
         prompts: Prompts | None = None,
     ) -> None:
         if attention not in caches.ATTENTION:
@@ -245,8 +247,9 @@ class Engine:
         if length > target.context:
             raise UserError(f"length {length} goes beyond the target's context or sliding window of {target.context}")
         self.length = length or target.context
-        self.capacity = -(-(self.length + self.margin) // 64) * 64  # fused attention likes whole blocks
-        sizes = [FIRST << i for i in range(24)] if not buckets else sorted(buckets)
+        # whole blocks, as fused attention likes them; and the same for most trees, or each would be compiled anew
+        self.capacity = -(-(self.length + max(self.margin, BLOCK)) // BLOCK) * BLOCK
+        sizes = [FIRST << i for i in range(24)] if buckets is None else sorted(buckets)
         self.buckets = [b for b in sizes if b < self.capacity] + [self.capacity]
         self.body, self.pairs = getattr(drafter, "body", None), getattr(drafter, "pairs", None)
         self.cache, self.own = self._caches()
@@ -375,6 +378,7 @@ class Engine:
     def _verify(self, tree: Tree | None) -> tuple[Tensor, Tensor, Tensor]:
         """The target's forward over the root and the tree: tokens fed [B, N + 1], features, logits."""
         fed, place, mask = self._do("_feed", tree)
+        self.cache.mark(mask)
         features = self.target.features(fed, place, mask, self.cache, self.taps)
         return fed, features, self.target.logits(features)
 
@@ -444,9 +448,9 @@ class Engine:
         name = caches.register(self.attention)
         configs = [self.target.config, *([self.body.rotary.config] if self.body else [])]
         own = [config._attn_implementation for config in configs]
-        self.cache.bucket = bucket
-        if self.own is not None:
-            self.own.bucket = bucket
+        for cache in (self.cache, self.own):
+            if cache is not None:  # transformers' caches of no layers are false
+                cache.see(bucket, one_of_many=len(self.buckets) > 1)
         with contextlib.ExitStack() as stack:
             stack.enter_context(joined.swapped(self._joined))
             if self._compiled:

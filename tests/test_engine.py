@@ -260,7 +260,8 @@ def test_the_static_cache_equals_the_growing_one():
     target, shape = toys.target(torch.float64), fixed(paths("static", 4, 9))
     depths = torch.cat([torch.zeros(1, dtype=torch.long), shape.depth])
     one, static = [KVCache(2, 64) for _ in range(2)], StaticCache(2, 2, 2, 64, 8, torch.float64, torch.device("cpu"))
-    static.groups, static.bucket = 2, 48
+    static.groups = 2
+    static.see(48)
     torch.manual_seed(0)
     tree, chain = torch.randint(0, 60, (2, 10)), torch.randint(0, 60, (2, 3))
     path, expected = torch.tensor([[0, 2, 2], [0, 1, 5]]), []
