@@ -42,8 +42,10 @@ PARTS = ("draft", "verify", "walk", "commit")  # of a round
 # The compiler's options. Products of one row become generated reductions, tried in several sizes: faster, and longer to
 # compile. The noise is a hash, whose words are each used twice: written out in full it took 2 cores 28 s, now 3. Tiling
 # by memory access is not meant for symbolic sizes: torch 2.11 stops where it meets two forms of one (pytorch#181563).
+# Other elementwise kernels are small: to time each in two forms takes longer than is won.
+QUICK = {"triton.autotune_pointwise": False}
 TUNED = {"coordinate_descent_tuning": True}
-SHORT = {"realize_opcount_threshold": 8, "triton.coalesce_tiling_analysis": False}
+SHORT = {**QUICK, "realize_opcount_threshold": 8, "triton.coalesce_tiling_analysis": False}
 
 
 class _Given:
@@ -191,7 +193,7 @@ def _compile(function: Callable[..., Any], **options: Any) -> Callable[..., Any]
 
     A symbol for every size from the start takes longer: 75 s against 43 to trace notebook 3's engines on 2 cores.
     """
-    return torch.compile(function, options=options or None)
+    return torch.compile(function, options=options or QUICK)
 
 
 class Engine:
