@@ -185,7 +185,7 @@ def run(
     temperatures: Sequence[float],
     max_new_tokens: int,
     repeats: int = 1,
-    hf_prompts: int = 0,
+    hf_prompts: int | None = None,
     seed: int = 0,
     label: str = "generating",
     engines: Engines | None = None,
@@ -196,7 +196,7 @@ def run(
 
     At T = 0 all rules are one, so of arms that differ in it alone the first runs. Arms are interleaved prompt by
     prompt, in an order that rotates, and share one seed a (prompt, repeat). transformers' `generate`, which takes long,
-    runs on the first `hf_prompts` of each family (0: all). `engines` decode in place of `decode`; on a GPU they are
+    runs on the first `hf_prompts` of each family (None: all). `engines` decode in place of `decode`; on a GPU they are
     made where none are given, `compiled` or not: compiling takes seconds a way of decoding, and saves time alone.
     `wide` is the target in float32, which the method `plain_float32` asks for.
     """
@@ -209,7 +209,7 @@ def run(
     greedy = list({dataclasses.replace(arm, rule="coupled"): arm for arm in arms[::-1]}.values())[::-1]
     records = [prompts[i] for i in range(len(prompts))]
     families = pd.DataFrame(records)[["id", "family"]].groupby("family")
-    generated = set(families.head(hf_prompts or len(records))["id"])
+    generated = set(families.head(len(records) if hf_prompts is None else hf_prompts)["id"])
     lengths = {record["id"]: len(record["input_ids"]) + max(WARM, max_new_tokens) for record in records}
     longest = max(lengths.values())
     if engines is None and target.device.type == "cuda":

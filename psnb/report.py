@@ -202,7 +202,8 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
             speed = found(own, "speedup_vs_plain", method, temperature=t)
             line[f"x plain, T = {t:g}"] = "1" if method == "plain" else _spread(speed) if speed else ""
         against = found(own, "speedup_vs_hf", method, temperature=middle)
-        line[generate] = "1" if method == "hf_generate" else _spread(against) if against else ""
+        if not pd.isna(asked):
+            line[generate] = "1" if method == "hf_generate" else _spread(against) if against else ""
         table.append(line)
     return pd.DataFrame(table)
 

@@ -369,6 +369,8 @@ def test_the_headline_says_what_stopped_for_repetition(summary):
     )
     assert "`generate`, on 7 prompts" in " ".join(report.notes(fewer))
     assert "x generate, T = 0.7 (7 prompts)" in report.headline(fewer)
+    none = report.headline(summary[(summary.method != "hf_generate") & (summary.metric != "speedup_vs_hf")])
+    assert not none.columns.str.contains("generate").any()
 
 
 def test_rules_have_their_intervals(summary):
