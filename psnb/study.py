@@ -437,7 +437,7 @@ class Study:
         return {name: _hash(path) for name, path in files.items() if path.is_file()}
 
     def _chat_corpus(self, folder: Path) -> dict[str, Any]:
-        from datasets import DatasetDict, concatenate_datasets
+        from datasets import DatasetDict, concatenate_datasets, load_from_disk
 
         from psnb import data
 
@@ -460,6 +460,7 @@ class Study:
             corpus = train.train_test_split(test_size=0.05, seed=seed)  # it shuffles
             corpus["held_out"] = corpus.pop("test")
         corpus.save_to_disk(folder)
+        corpus = load_from_disk(folder)  # in its order: hashing need not gather it once more
         return {
             "documents": {name: len(split) for name, split in corpus.items()},
             "sha256": {name: data.chats_sha256(split) for name, split in corpus.items()} | self._chat_files(),
