@@ -528,10 +528,8 @@ def tokenize_chat(
         raise UserError(
             f"none of {lost} chats can be trained on ({why}); check the roles, the template and data.length"
         )
-    keep = np.flatnonzero(chats | (kinds == "text"))
-    kept = done.select(keep)
-    mask, starts = _flat(kept, "loss_mask")
-    of_chats = mask[np.repeat(chats[keep], np.diff(starts))]
+    mask, starts = _flat(done, "loss_mask")
+    of_chats = mask[np.repeat(chats, np.diff(starts))]
     if len(of_chats) and of_chats.all():
         raise UserError(f"the loss mask selects everything of {len(of_chats)} tokens; check the roles and the template")
-    return kept.remove_columns("kind"), facts
+    return done.select(np.flatnonzero(chats | (kinds == "text"))).remove_columns("kind"), facts
