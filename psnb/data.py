@@ -12,6 +12,8 @@ machine that installed the same pins.
 from __future__ import annotations
 
 import codecs
+import contextlib
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -55,6 +57,18 @@ SPLIT = (
     r"|\s+(?!\S)"
     r"|\s+"
 )
+
+
+@contextlib.contextmanager
+def without_collector() -> Iterator[None]:
+    """No search for cycles meanwhile: where millions of objects are made and kept, it walks all of them repeatedly."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 # --- 1. files -----------------------------------------------------------------------------------------------------
@@ -393,6 +407,7 @@ def _checked(record: object, where: str) -> dict:
     return {"messages": turns, "text": None}
 
 
+@without_collector()
 def load_records(source: str, split: str = "train", seen: set[int] | None = None) -> tuple[Dataset, dict[str, int]]:
     """Columns messages (list of role, content) and text, one of them None, of a .jsonl[.xz] file or a hub data set.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from datasets import Dataset, Features, List, Value
 from transformers import PreTrainedTokenizerFast
 
-from psnb.data import Refused, encode, json_lines, render
+from psnb.data import Refused, encode, json_lines, render, without_collector
 from psnb.errors import UserError
 
 FUNCTION = ast.FunctionDef | ast.AsyncFunctionDef
@@ -174,6 +174,7 @@ def _cut_left(prompt: str, tokenizer: PreTrainedTokenizerFast, limit: int) -> tu
     return end(first), ids(first)
 
 
+@without_collector()  # syntax trees are large
 def code_prompts(
     held_out: Dataset, tokenizer: PreTrainedTokenizerFast, per_family: int, max_prompt_tokens: int, seed: int = 0
 ) -> Dataset:
