@@ -142,6 +142,24 @@ def test_the_third_draft_length_compiles_nothing(kind, tree, monkeypatch):
     assert graphs[0] > graphs[1] > graphs[2] == plants, graphs
 
 
+@pytest.mark.parametrize(("kind", "tree"), [(None, "chain"), ("eagle-ps", "best_first"), ("eagle", "dynamic")])
+def test_the_second_bucket_compiles_nothing(kind, tree, monkeypatch):
+    """How many rows attention sees is a symbol from the start: the one size of a notebook that is sure to change."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(engine, "_compile", lambda f, **options: torch.compile(f, backend="eager"))
+    target = toys.target(torch.float64)
+    drafter = kind and toys.drafter(kind, target)
+    settings = Settings(k=3, tree=tree, nodes=8, temperature=0.7, max_new_tokens=9, repeat_stop=0)
+    of = Engine(target, drafter, settings, compile_layers=True, buckets=(40, 56, 72))
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for count in (8, 36, 52):
+        prompt = (PROMPT * 9)[:count]
+        assert_same(of.generate([prompt]), target, drafter, [prompt], settings, [0])
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(of._runs) == 3 and graphs[0] and graphs[0] == graphs[2], graphs
+
+
 def test_no_size_of_a_level_is_a_difference_of_symbols():
     """On a GPU torch 2.11 refuses such sizes in a batch; and the options are the compiler's own."""
     torch._dynamo.reset()
