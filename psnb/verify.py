@@ -169,7 +169,7 @@ def best(scores: Tensor, width: int, chunks: int = 0) -> tuple[Tensor, Tensor]:
     if chunks == 1:
         return tuple(scores.topk(width))
     size = vocab // chunks
-    found = scores.unflatten(-1, (chunks, size)).topk(min(width, size))
+    found = scores.unflatten(-1, (chunks, size)).topk(min(width, size), sorted=False)
     start = torch.arange(0, vocab, size, device=scores.device)[:, None]
     values, at = found.values.flatten(-2).topk(width)
     return values, (found.indices + start).flatten(-2).gather(-1, at)

@@ -80,6 +80,20 @@ def test_best_first_is_optimal(k, width, nodes, ties):
         )
 
 
+@pytest.mark.parametrize("scale", [1, 100])
+def test_a_large_best_first_tree_is_optimal_to_the_steps_of_its_keys(scale):
+    """Against the N best of all contenders by their exact worth; at scale 100 most are beyond `WORST`."""
+    k, nodes = 6, 63
+    given = scores(k, nodes, 0) * scale
+    found = check(BestFirst(k, nodes, nodes)(given))
+    worth = [sum(given[d, r].item() for d, r in enumerate(p)) for p in tree._contenders(k, nodes, nodes)]
+    able, made = (
+        torch.tensor(sorted(w, reverse=True)[:nodes]).clamp(min=-tree.WORST)
+        for w in (worth, [sum(given[d, r].item() for d, r in enumerate(p)) for p in found])
+    )
+    assert len(set(found)) == nodes and (able - made).abs().max() < 2e-4
+
+
 def test_best_first_survives_impossible_tokens():
     given = torch.full((3, 8), -torch.inf)
     given[:, 0] = 0.0
