@@ -160,14 +160,14 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x, dtype=torch.long)
 
 
-def _linked(pairs: Tensor, ranks: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _linked(pairs: Tensor, ranks: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
     """Paths along candidates that are ranked anew after each of the slot before: pairs [..., k, W, W], ranks [S, k].
 
-    width: ranks are below it. Which candidate stands at each slot of a path, and its score: [..., S, k]. k = 2, W = 2,
-    pairs of slot 1 [-1 -2] after candidate 0 and [-4 -3] after 1: path 0 0 ends with candidate 0 if 0 is slot 0's best,
-    with 1 if 1 is.
+    Which candidate stands at each slot of a path, and its score: [..., S, k]. k = 2, W = 2, pairs of slot 1 [-1 -2]
+    after candidate 0 and [-4 -3] after 1: path 0 0 ends with candidate 0 if 0 is slot 0's best, with 1 if 1 is.
+    first: no path has a rank but 0.
     """
-    found = ranked(pairs) if width > 1 else pairs.max(-1, keepdim=True)
+    found = pairs.max(-1, keepdim=True) if first else ranked(pairs)
     width, (values, order) = found[0].shape[-1], (part.flatten(-2) for part in found)
     row, places, scores = torch.zeros_like(ranks[:, 0]).expand(*pairs.shape[:-3], -1), [], []
     for slot, rank in enumerate(ranks.T):
@@ -188,14 +188,17 @@ class BestFirst:
     """
 
     def __init__(self, k: int, nodes: int, width: int, device: torch.device | str = "cpu") -> None:
-        self.k, self.nodes, self.width = k, nodes, width
+        self.k, self.nodes = k, nodes
         tables = _tables(k, nodes, width)
         if (count := len(tables[0])) < nodes:
             raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {count} nodes there are")
         self.slots, self.seen, self.above, self.depth, self.rank = (table.to(device) for table in tables)
         self.ranks, self.there = self.slots % width, self.slots < k * width  # along the path of a contender
         self.order = torch.arange(count - 1, -1, -1, device=device, dtype=torch.int32)
-        self.bits = count.bit_length()  # of a key; the others are a score's
+        # of a key's bits the last are the order's. Tensors, since whole numbers may become symbols in a compiled draft
+        bits = count.bit_length()
+        self.scale = torch.tensor((1 << 31 - bits) / WORST, device=device)
+        self.step = torch.tensor(1 << bits, dtype=torch.int32, device=device)
         self.rows = torch.arange(1, nodes + 1, device=device)
 
     def __call__(self, scores: Tensor, pairs: Tensor | None = None) -> Shape:
@@ -209,11 +212,11 @@ class BestFirst:
         if pairs is None:
             place, worth = None, F.pad(scores.clamp(max=0).flatten(-2), (0, 1))[..., self.slots].sum(-1)
         else:
-            place, worth = _linked(pairs, self.ranks, self.width)
+            place, worth = _linked(pairs, self.ranks)
             worth = torch.where(self.there, worth.clamp(max=0), 0).sum(-1)
         # keys of 32 bits, which a GPU sorts through in half the time of 64: scores down to -WORST, then the order
-        steps = (worth.clamp(min=-WORST) * ((1 << 31 - self.bits) / WORST)).to(torch.int32)
-        chosen = (steps << self.bits | self.order).topk(nodes).indices
+        steps = (worth.clamp(min=-WORST) * self.scale).to(torch.int32)
+        chosen = (steps * self.step + self.order).topk(nodes).indices
         row = torch.zeros(*lead, len(self.order) + 1, dtype=torch.long, device=scores.device)  # the last: the root's, 0
         row.scatter_(-1, chosen, self.rows.expand_as(chosen))
         mask = torch.zeros(*lead, nodes + 1, nodes + 1, dtype=torch.bool, device=scores.device)
@@ -288,7 +291,7 @@ class Plan:
         shape = self.shape or self.builder(candidates.scores, pairs)
         slot, rank = shape.depth - 1, shape.rank
         if self.shape and pairs is not None:
-            place = _linked(pairs, self.ranks, self.siblings)[0]
+            place = _linked(pairs, self.ranks, self.kind == "chain")[0]
             rank = place.gather(-1, slot[:, None].expand(*place.shape[:-1], 1))[..., 0]
             slot = slot.expand_as(rank)
         if rank.ndim == 1:
