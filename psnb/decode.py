@@ -254,15 +254,15 @@ class Sampler:
                 return Candidates(first, torch.zeros_like(first, dtype=self.noise.dtype), None)
             scale = {"greedy": of.sharpen, "coupled": 1 / of.spread}.get(self.rule, 1.0)
             worth = worth.to(self.noise.dtype) * scale
-            values, tokens = best(worth, plan.width)
-            scores = values - worth.logsumexp(-1, keepdim=True)
+            values, tokens = best(worth, plan.width, pairs is None)
             if pairs is None:
-                return Candidates(tokens, scores, None)
+                return Candidates(tokens, values - worth.logsumexp(-1, keepdim=True), None)
             after = warp(pairs(tokens), (of.temperature or 1.0) / of.sharpen).to(worth.dtype)
             if noise is not None:
                 after = (after + noise.gather(-1, tokens)[..., None, :]) / of.spread
-            mass = scores.logsumexp(-1)[..., None, None]  # what lies outside the candidates stays there
-            return Candidates(tokens, scores, None, after.log_softmax(-1) + mass)
+            # what lies outside the candidates stays there
+            mass, whole = ((x - values.amax(-1, keepdim=True)).exp().sum(-1) for x in (values, worth))
+            return Candidates(tokens, values, None, after.log_softmax(-1) + (mass / whole).log()[..., None, None])
 
         return candidates
 

@@ -318,9 +318,9 @@ class Engine:
     # --- the round ---------------------------------------------------------------------------------------------------
 
     def _draft(self) -> Tree | None:
+        length, self.noise = self._do("_begin")
         if self.drafter is None:
             return None
-        length, self.noise = self._do("_begin")
         if self.own is not None:
             self.own.length = length
         self.sampler.noise = _Given(self.sampler.noise.dtype, self.noise)
@@ -334,8 +334,12 @@ class Engine:
         return self.drafter.draft(*given, self.plan, propose, self.own, self.valid)
 
     def _begin(self) -> tuple[Tensor, dict[str, Tensor]]:
-        """How many rows the drafter has been shown [B], and the noise of the round."""
-        return (self.held - self.valid).clamp(min=0), self._noise()
+        """How many rows the drafter has been shown [B], and the noise of the round.
+
+        The noise is made apart from what reads it: within an arg max over the vocabulary one block would make a row.
+        """
+        shown = self.held if self.drafter is None else (self.held - self.valid).clamp(min=0)
+        return shown, self._noise()
 
     def _propose(self, logits: Tensor, slots: slice) -> Candidates:
         """Of one slot: with a start and a stop of their own the noise's rows would number a difference of symbols."""
@@ -387,7 +391,7 @@ class Engine:
     def _walk(self, tree: Tree | None, logits: Tensor) -> Verdict:
         """Verdicts with a leading B: `decode`'s rule on every sequence, by vmap."""
         sampler, plan, dtype = self.sampler, self.plan, self.sampler.noise.dtype
-        given: dict[str, Any] = {"logits": logits, "noise": self._noise() if tree is None else self.noise}
+        given: dict[str, Any] = {"logits": logits, "noise": self.noise}
         if tree is not None:
             given["tokens"] = tree.tokens
             if not self.fixed:

@@ -17,7 +17,6 @@ from torch import Tensor
 from psnb.errors import UserError
 from psnb.profile import nearest
 
-WORST = 32.0  # nats: a path worth less than e^-32 is as good as any other
 KINDS = ("chain", "static", "best_first", "dynamic")
 # Rank paths in the order in which Medusa's calibration added them (mc_sim_7b_63 of FasterDecoding/Medusa): the first N
 # are its tree of N nodes.
@@ -33,7 +32,7 @@ class Candidates(NamedTuple):
     """What r rows of the drafter propose, W tokens each."""
 
     tokens: Tensor  # [r, W], in the order in which they are tried
-    scores: Tensor  # [r, W], descending: log of what a token is worth to the verifier
+    scores: Tensor  # [r, W], descending: log of what a token is worth to the verifier; with `pairs` these tell it
     q: Tensor | None  # [r, V]: the distribution that the tokens were drawn from without replacement; None: not drawn
     pairs: Tensor | None = None  # [r, W, W]: scores after each candidate of the row before; None: whichever that was
 
@@ -149,15 +148,20 @@ def _tables(k: int, nodes: int, width: int) -> tuple[Tensor, ...]:
     return slots, seen, above, torch.tensor([len(path) for path in found]), torch.tensor([path[-1] for path in found])
 
 
-@torch.library.custom_op("psnb::ranked", mutates_args=())
-def ranked(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., n] in descending order: values and places. The compiler would make a kernel of its own for each shape."""
-    return x.sort(-1, descending=True)
+def ranked(x: Tensor, count: int, by_counting: bool | None = None) -> tuple[Tensor, Tensor]:
+    """x [..., n] -> which are its `count` largest [..., count], in descending order, and the place of each [..., n].
 
-
-@ranked.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(x, dtype=torch.long)
+    Of equals the first stands before the others. x 1 3 2: largest 1 2 0, places 2 0 1.
+    by_counting (None: on a GPU): n^2 comparisons tell how many stand before each, count * n who has so many before it.
+    That is two kernels, where a sort of a few thousand is several longer ones.
+    """
+    number = torch.arange(x.shape[-1], device=x.device)
+    if x.is_cuda if by_counting is None else by_counting:
+        one, other = x[..., :, None], x[..., None, :]
+        place = ((other > one) | (other == one) & (number < number[:, None])).sum(-1, dtype=torch.int32).long()
+        return torch.where(place[..., None, :] == number[:count, None], number, 0).sum(-1), place
+    order = x.argsort(descending=True, stable=True)
+    return order[..., :count], torch.empty_like(order).scatter_(-1, order, number.expand_as(order))
 
 
 def _linked(pairs: Tensor, ranks: Tensor, first: bool = False) -> tuple[Tensor, Tensor]:
@@ -167,8 +171,8 @@ def _linked(pairs: Tensor, ranks: Tensor, first: bool = False) -> tuple[Tensor, 
     after candidate 0 and [-4 -3] after 1: path 0 0 ends with candidate 0 if 0 is slot 0's best, with 1 if 1 is.
     first: no path has a rank but 0.
     """
-    found = pairs.max(-1, keepdim=True) if first else ranked(pairs)
-    width, (values, order) = found[0].shape[-1], (part.flatten(-2) for part in found)
+    order = pairs.argmax(-1, keepdim=True) if first else ranked(pairs, pairs.shape[-1])[0]
+    width, values, order = order.shape[-1], pairs.gather(-1, order).flatten(-2), order.flatten(-2)
     row, places, scores = torch.zeros_like(ranks[:, 0]).expand(*pairs.shape[:-3], -1), [], []
     for slot, rank in enumerate(ranks.T):
         at = row * width + rank
@@ -183,8 +187,7 @@ class BestFirst:
 
     A node is worth the product of its path's slot scores; no tree of N nodes holds more in sum. All paths that may be
     among the N best are known beforehand (`_contenders`), so few operations find them. Among equals the earlier
-    contender wins: parents stand before children, and siblings in order. Equal are scores to some 1e-4 (`WORST` cut
-    into 2^31 / S steps), and all below -`WORST`.
+    contender wins: parents stand before children, and siblings in order.
     """
 
     def __init__(self, k: int, nodes: int, width: int, device: torch.device | str = "cpu") -> None:
@@ -194,12 +197,7 @@ class BestFirst:
             raise UserError(f"a tree of {nodes} nodes needs a larger k or vocabulary: {count} nodes there are")
         self.slots, self.seen, self.above, self.depth, self.rank = (table.to(device) for table in tables)
         self.ranks, self.there = self.slots % width, self.slots < k * width  # along the path of a contender
-        self.order = torch.arange(count - 1, -1, -1, device=device, dtype=torch.int32)
-        # of a key's bits the last are the order's. Tensors, since whole numbers may become symbols in a compiled draft
-        bits = count.bit_length()
-        self.scale = torch.tensor((1 << 31 - bits) / WORST, device=device)
-        self.step = torch.tensor(1 << bits, dtype=torch.int32, device=device)
-        self.rows = torch.arange(1, nodes + 1, device=device)
+        self.rows = torch.arange(nodes + 1, device=device)
 
     def __call__(self, scores: Tensor, pairs: Tensor | None = None) -> Shape:
         """scores [..., k, W] of the slots' candidates, at most 0, descending -> the shape of the N best nodes.
@@ -214,14 +212,11 @@ class BestFirst:
         else:
             place, worth = _linked(pairs, self.ranks)
             worth = torch.where(self.there, worth.clamp(max=0), 0).sum(-1)
-        # keys of 32 bits, which a GPU sorts through in half the time of 64: scores down to -WORST, then the order
-        steps = (worth.clamp(min=-WORST) * self.scale).to(torch.int32)
-        chosen = (steps * self.step + self.order).topk(nodes).indices
-        row = torch.zeros(*lead, len(self.order) + 1, dtype=torch.long, device=scores.device)  # the last: the root's, 0
-        row.scatter_(-1, chosen, self.rows.expand_as(chosen))
-        mask = torch.zeros(*lead, nodes + 1, nodes + 1, dtype=torch.bool, device=scores.device)
-        mask[..., 0] = True
-        mask[..., 1:, :].scatter_(-1, row.gather(-1, self.seen[chosen].flatten(-2)).unflatten(-1, (nodes, -1)), True)
+        chosen, order = ranked(worth, nodes)
+        row = F.pad(torch.where(order < nodes, order + 1, 0), (0, 1))  # the last: the root's, 0
+        seen = row.gather(-1, self.seen[chosen].flatten(-2)).unflatten(-1, (nodes, -1))
+        root = (self.rows == 0).expand(*lead, 1, -1)
+        mask = torch.cat([root, (seen[..., None] == self.rows).any(-2) | root], -2)
         depth, rank = self.depth[chosen], self.rank[chosen]
         if place is not None:
             last = (depth - 1)[..., None]

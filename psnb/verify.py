@@ -159,19 +159,19 @@ def without_replacement(logits: Tensor, noise: Tensor, width: int) -> Tensor:
     return (_wide(logits) + noise).topk(width).indices
 
 
-def best(scores: Tensor, width: int, chunks: int = 0) -> tuple[Tensor, Tensor]:
-    """`topk` of scores [..., V]: values and indices [..., width], of equals any.
+def best(scores: Tensor, width: int, ordered: bool = True, chunks: int = 0) -> tuple[Tensor, Tensor]:
+    """`topk` of scores [..., V]: values and indices [..., width], of equals any; in any order unless `ordered`.
 
     In two steps, first in `chunks` parts of V each (0: 16 on a GPU, where a part has a block of threads; else 1).
     """
     vocab = scores.shape[-1]
     chunks = chunks or (16 if scores.is_cuda and vocab % 16 == 0 and vocab >= 4096 else 1)
     if chunks == 1:
-        return tuple(scores.topk(width))
+        return tuple(scores.topk(width, sorted=ordered))
     size = vocab // chunks
     found = scores.unflatten(-1, (chunks, size)).topk(min(width, size), sorted=False)
     start = torch.arange(0, vocab, size, device=scores.device)[:, None]
-    values, at = found.values.flatten(-2).topk(width)
+    values, at = found.values.flatten(-2).topk(width, sorted=ordered)
     return values, (found.indices + start).flatten(-2).gather(-1, at)
 
 

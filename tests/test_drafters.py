@@ -94,16 +94,21 @@ def test_training_links_equal_decoding_links(kind):
             torch.testing.assert_close(found[slot, -1], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_link_takes_from_its_weights_is_made_anew_after_training_and_not_saved():
-    drafter = toys.drafter("eagle-ps", toys.target(), link=8)
+@pytest.mark.parametrize("kind", ["eagle-ps", "medusa-ps"])
+def test_what_drafts_take_from_weights_is_made_anew_after_training_and_not_saved(kind):
+    drafter = toys.drafter(kind, toys.target(), link=8)
     drafter.ready()
-    before, names = drafter.pairs.written, drafter.state_dict().keys()
+    made, names = (drafter.pairs.written, drafter.planted), drafter.state_dict().keys()
+    twice = tuple(2 * part for part in made)
     drafter.ready()
-    assert drafter.pairs.written is before and not [n for n in names if "written" in n or "heard" in n]
+    assert drafter.pairs.written is made[0] and drafter.planted is made[1]
+    assert not [n for n in names if "written" in n or "heard" in n or "planted" in n]
     drafter.train()
-    drafter.link.write.weight.data.mul_(2)
+    masks = drafter.mask_pair if kind == "eagle-ps" else drafter.mask_row
+    for weight in (drafter.link.write.weight, masks):
+        weight.data.mul_(2)
     drafter.eval().ready()
-    torch.testing.assert_close(drafter.pairs.written, 2 * before)
+    torch.testing.assert_close((drafter.pairs.written, drafter.planted), twice)
 
 
 def test_later_eagle_slots_equal_a_forward_without_a_cache():

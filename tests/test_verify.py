@@ -525,3 +525,6 @@ def test_the_best_in_two_steps_are_the_best(width):
     values, tokens = verify.best(scores, width, chunks=8)
     expected = scores.sort(descending=True)
     assert torch.equal(values, expected.values[..., :width]) and torch.equal(tokens, expected.indices[..., :width])
+    values, tokens = verify.best(scores, width, ordered=False, chunks=8)
+    assert torch.equal(values.sort(descending=True).values, expected.values[..., :width])
+    assert torch.equal(scores.gather(-1, tokens), values)

@@ -64,14 +64,19 @@ class Parallel(Drafter):
         if spec.link:
             self.link, self.width = Link(target.hidden_size, spec.link), WIDTH
         self.pairs: Pairs | None = None  # of linked slots, once `ready`
+        self.planted: Tensor | None
+        self.register_buffer("planted", None, persistent=False)  # `mask_inputs`, once `ready`
 
     def train(self, mode: bool = True) -> Parallel:
-        self.pairs = None
+        self.pairs, self.planted = None, None
         return super().train(mode)
 
     def ready(self) -> None:
         if self.link is not None and self.pairs is None:
             self.pairs = Pairs(self.link, self.target)
+        if self.planted is None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.planted = self.mask_inputs().detach()
 
     def real(self, features: Tensor, next_ids: Tensor) -> Tensor:
         """Inputs of the real rows: features [B, m, (1 + taps) * H], next_ids [B, m] -> [B, m, H]."""
@@ -104,7 +109,8 @@ class Parallel(Drafter):
         it. m = 3, valid 2, masks 2: rows 0 1 3 4 2.
         """
         batch, m = next_ids.shape
-        inputs = torch.cat([self.real(features, next_ids), self.mask_inputs()[:masks].expand(batch, -1, -1)], 1)
+        planted = self.mask_inputs() if self.planted is None else self.planted
+        inputs = torch.cat([self.real(features, next_ids), planted[:masks].expand(batch, -1, -1)], 1)
         if valid is None:
             return inputs
         row = torch.arange(m + masks, device=inputs.device)
