@@ -200,7 +200,7 @@ def revision(root: Path) -> str:
     """The project's git revision, with `-dirty` where its sources differ from it.
 
     Outside git (a copy on another machine) what PSNB_REVISION says, else `unknown`.
-    `results` and `figures` do not count: a run writes them.
+    `results`, `figures` and `README.md` do not count: runs and reports write them.
     """
     told = os.environ.get("PSNB_REVISION", "unknown")
 
@@ -211,7 +211,8 @@ def revision(root: Path) -> str:
         top, head = git("rev-parse", "--show-toplevel", "HEAD").split()
         if Path(top).resolve() != Path(root).resolve():  # a copy inside somebody else's repository
             return told
-        changed = git("status", "--porcelain", "--", ".", ":(exclude)results", ":(exclude)figures")
+        written = [f":(exclude){name}" for name in ("results", "figures", "README.md")]
+        changed = git("status", "--porcelain", "--", ".", *written)
     except (OSError, subprocess.CalledProcessError, ValueError):
         return told
     return head + ("-dirty" if changed.strip() else "")
