@@ -1,6 +1,7 @@
 """Draft trees: shapes, ancestry, and the best tree against exhaustive search."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -139,6 +140,22 @@ def test_the_best_tree_of_linked_slots(nodes):
     contenders = {tuple(p) for p in tree._contenders(k, nodes, width)}
     able = sorted((worth for ranks, worth in every.values() if ranks in contenders), reverse=True)
     assert sorted((worth for _, worth in found), reverse=True) == pytest.approx(able[:nodes], abs=1e-6)
+
+
+@pytest.mark.parametrize(("k", "nodes"), [(6, 63), (5, 80), (1, 70)])
+def test_half_the_reach_is_enough_for_linked_slots(k, nodes):
+    """Of the worth of the tree from all contenders hardly anything is lost; where half are too few, nothing."""
+    few, all_of_them = (BestFirst(k, nodes, nodes, linked=linked) for linked in (True, False))
+    assert len(few.depth) < len(all_of_them.depth) / 3 or k == 1
+    assert len(BestFirst(k, 30, 40, linked=True).depth) == len(BestFirst(k, 30, 40).depth)
+    for seed in range(5):
+        pairs = torch.randn(k, nodes, nodes, generator=torch.Generator().manual_seed(seed)).mul(2).log_softmax(-1)
+        sums = []
+        for builder in (few, all_of_them):
+            found = linked_paths(pairs, builder(pairs[:, 0], pairs))
+            assert len({path for path, _ in found}) == nodes
+            sums.append(sum(math.exp(worth) for _, worth in found))
+        assert sums[0] >= 0.995 * sums[1]
 
 
 def test_rounding_never_puts_a_child_before_its_parent():
