@@ -18,6 +18,7 @@ from psnb.errors import UserError
 from psnb.profile import nearest
 
 KINDS = ("chain", "static", "best_first", "dynamic")
+FEW = 4096  # to be put in order by counting
 REACH = 32  # nodes of a tree whose contenders are enough for one of twice the size
 # Rank paths in the order in which Medusa's calibration added them (mc_sim_7b_63 of FasterDecoding/Medusa): the first N
 # are its tree of N nodes.
@@ -153,11 +154,11 @@ def ranked(x: Tensor, count: int, by_counting: bool | None = None) -> tuple[Tens
     """x [..., n] -> which are its `count` largest [..., count], in descending order, and the place of each [..., n].
 
     Of equals the first stands before the others. x 1 3 2: largest 1 2 0, places 2 0 1.
-    by_counting (None: on a GPU): n^2 comparisons tell how many stand before each, count * n who has so many before it.
-    That is two kernels, where a sort of a few thousand is several longer ones.
+    by_counting (None: few on a GPU): n^2 comparisons tell how many stand before each, count * n who has so many before
+    it. That is two kernels, where a sort is several longer ones.
     """
     number = torch.arange(x.shape[-1], device=x.device)
-    if x.is_cuda if by_counting is None else by_counting:
+    if x.is_cuda and len(number) <= FEW if by_counting is None else by_counting:
         one, other = x[..., :, None], x[..., None, :]
         place = ((other > one) | (other == one) & (number < number[:, None])).sum(-1, dtype=torch.int32).long()
         return torch.where(place[..., None, :] == number[:count, None], number, 0).sum(-1), place
