@@ -8,12 +8,12 @@ import torch
 import toys
 from transformers import MistralConfig, Qwen2Config
 
-from psnb import decode, drafters, measure
+from psnb import decode, drafters, measure, verify
 from psnb.cache import KVCache
 from psnb.decode import Generation, Settings, Stops
 from psnb.drafters.base import Drafter
 from psnb.errors import UserError
-from psnb.tree import Tree
+from psnb.tree import Plan, Tree
 
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 
@@ -209,3 +209,20 @@ def test_the_cache_refuses_to_overflow_and_crops():
     torch.testing.assert_close(again, full[:, 3:], rtol=1e-5, atol=1e-5)
     with pytest.raises(UserError, match="holds 6 tokens"):
         decode._forward(target, ids[:1], cache)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_linked_candidates_share_what_their_slot_gives_them(temperature):
+    """After each token before, a slot's candidates have in sum what they have of the slot's whole vocabulary."""
+    target, generator = toys.target(), torch.Generator().manual_seed(0)
+    of = Settings(k=3, tree="best_first", nodes=5, temperature=temperature, seed=7)
+    logits = torch.randn(3, toys.VOCAB, generator=generator)
+    pairs, sampler = torch.randn(3, 5, 5, generator=generator), decode.Sampler(target, of)
+    found = sampler.propose(Plan("best_first", 3, 5, toys.VOCAB, width=5))(logits, slice(0, 3), lambda tokens: pairs)
+    worth = logits * of.sharpen
+    if temperature:
+        worth = (worth / temperature + verify.gumbel(7, torch.arange(3), toys.VOCAB)) / of.spread
+    chosen = zip(worth.softmax(-1), found.tokens, strict=True)
+    share = [sum(row[token].item() for token in tokens) for row, tokens in chosen]
+    assert max(share) < 0.95
+    torch.testing.assert_close(found.pairs.exp().sum(-1), torch.tensor(share)[:, None].expand(3, 5))

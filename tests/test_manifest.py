@@ -140,6 +140,7 @@ def test_revision(tmp_path, monkeypatch):
     assert len(clean) == 40
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "made").write_text("a run's own product")
+    (tmp_path / "README.md").write_text("a report's numbers")
     assert manifest.revision(tmp_path) == clean
     (tmp_path / "a").write_text("2")
     assert manifest.revision(tmp_path) == f"{clean}-dirty"
