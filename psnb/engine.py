@@ -42,9 +42,10 @@ PARTS = ("draft", "verify", "walk", "commit")  # of a round
 # The compiler's options. Products of one row become generated reductions, tried in several sizes: faster, and longer to
 # compile. The noise is a hash, whose words are each used twice: written out in full it took 2 cores 28 s, now 3. Tiling
 # by memory access is not meant for symbolic sizes: torch 2.11 stops where it meets two forms of one (pytorch#181563).
-# Other elementwise kernels are small: to time each in two forms takes longer than is won.
+# Other elementwise kernels are small: to time each in two forms takes longer than is won. Where the GPU can (Hopper), a
+# kernel of a one-row pass is on its way before the one before it ends (programmatic dependent launch).
 QUICK = {"triton.autotune_pointwise": False}
-TUNED = {"coordinate_descent_tuning": True}
+TUNED = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
 SHORT = {**QUICK, "realize_opcount_threshold": 8, "triton.coalesce_tiling_analysis": False}
 
 
