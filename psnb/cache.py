@@ -270,7 +270,7 @@ def attend(
     sdpa: torch's fused attention. bmm: two matrix products, which cut the keys among more of a GPU. flex: flex
     attention, which skips the blocks of keys that are not used yet. auto: bmm on a GPU for more than one row a key
     head, else sdpa. At Llama-2-7B shape (one row a key head) a plain step is 9 % faster so on an H200, but cuDNN's sums
-    in bfloat16 vary there from run to run; with bmm the text is the same each time (results/h200/training_log.md).
+    in bfloat16 vary there from one generation to the next, and bmm's do not (results/h200/training_log.md).
     """
     batch, heads, r, width = query.shape
     scale = width**-0.5 if scaling is None else scaling
