@@ -343,19 +343,34 @@ def train(profile: str, stage: str, processes: int = 1, fresh: bool = False, out
     def launch(name: str, folder: Path) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "psnb"]
         given = ["train", "--profile", profile, "--output", str(study.output), "--stage", name, "--into", str(folder)]
-        done = subprocess.run([sys.executable, *launcher, *given], stderr=subprocess.PIPE, text=True)
+        threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}  # else 1, and a warning
+        done = subprocess.run(
+            [sys.executable, *launcher, *given], stderr=subprocess.PIPE, text=True, env={**threads, **os.environ}
+        )
         if (told := folder / "error.txt").is_file():
             raise UserError(told.read_text(encoding="utf-8"))
         if done.returncode:
-            raise UserError(f"training {name} in {processes} processes failed: {done.stderr.strip()[-2000:]}")
+            raise UserError(f"training {name} in {processes} processes failed: {_cause(done.stderr)}")
 
     study.launch = launch if processes > 1 else None
     study.make(stage)
     return study.checkpoint(stage)
 
 
+def _cause(stderr: str) -> str:
+    """What torchrun's and its processes' stderr says of the first process that fell: how, and its own last words."""
+    said, *launchers = re.split(r"^[EW]\d{4} .*torch/distributed/elastic/\S+ ", stderr, flags=re.MULTILINE)
+    how = next((part.split("\n")[0].removeprefix("failed ") for part in launchers if part.startswith("failed ")), "")
+    rank = re.search(r"local_rank: (\d+)", how)
+    own = [line for line in said.splitlines() if rank and line.startswith(f"[rank{rank[1]}]")]
+    return f"{how}\n{chr(10).join(own) or said}".strip()[-3000:]
+
+
 def work(profile: str, stage: str, folder: Path, output: str) -> None:
     """One of the processes that `train` started: trains into `folder`; the first one talks and writes."""
+    # Its functions take the group that is there when it is imported as a default argument. Imported later it would keep
+    # gloo's threads alive after destroy_process_group, and these can abort the interpreter's end (pytorch#190489).
+    import torch.distributed.nn.functional  # noqa: F401
     from accelerate import PartialState
 
     study = Study.open(profile, output)

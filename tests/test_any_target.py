@@ -1,6 +1,7 @@
 """Any decoder-only checkpoint: saved as its user would, named in a profile, through the study to decoded text."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from psnb import data, decode, profile, runner
 from psnb.errors import UserError
 from psnb.study import Study
 
+ROOT = Path(__file__).parents[1]
 PROFILE = """
 title = "toy"
 device = "cpu"
@@ -156,7 +158,16 @@ def test_chats_that_are_cut_or_dropped_are_told(project, capsys):
     assert told in capsys.readouterr().out
 
 
-def test_train_in_one_process_and_two_and_what_they_refuse(project):
+AT_THE_END = """
+import atexit, os, pathlib, sys
+rank, tasks = os.environ.get("LOCAL_RANK"), pathlib.Path("/proc/self/task")
+def names(): return " ".join((task / "comm").read_text() for task in tasks.iterdir()) if tasks.is_dir() else ""
+if rank: atexit.register(lambda: pathlib.Path({folder!r}, "threads." + rank).write_text(names()))
+if rank == "1" and "FALL" in os.environ: os.abort()
+"""
+
+
+def test_train_in_one_process_and_two_and_what_they_refuse(project, monkeypatch):
     save(project, LlamaConfig)
     study(project)
     with pytest.raises(UserError, match="--stage eagel: no model that this profile trains; did you mean eagle-ps"):
@@ -172,6 +183,25 @@ def test_train_in_one_process_and_two_and_what_they_refuse(project):
     assert runner.train("mine.toml", "eagle-ps") == folder
     assert Study.open("mine.toml").ready("eagle-ps")
     one = load_file(folder / "drafter.safetensors")
+    monkeypatch.setenv("PYTHONPATH", f"{project[0]}:{ROOT}")
+    (project[0] / "sitecustomize.py").write_text(AT_THE_END.format(folder=str(project[0])))
     assert runner.train("mine.toml", "eagle-ps", 2, fresh=True) == folder
+    for rank in "01":  # gloo's threads are gone before the interpreter ends: they can abort it
+        assert "gloo" not in (project[0] / f"threads.{rank}").read_text()
     for name, weight in load_file(folder / "drafter.safetensors").items():
         torch.testing.assert_close(weight, one[name], atol=1e-3, rtol=0)
+    monkeypatch.setenv("FALL", "1")
+    with pytest.raises(UserError, match=r"^training eagle-ps in 2 processes failed: \(exitcode: -6\) local_rank: 1"):
+        runner.train("mine.toml", "eagle-ps", 2, fresh=True)
+    assert Study.open("mine.toml").ready("eagle-ps")  # the one before is kept
+
+
+def test_the_words_of_the_process_that_fell_first_are_told():
+    launched = (
+        "Loading weights: 100%\n[rank0]: RuntimeError: Connection closed by peer\n[rank1]: KeyError: 3\n"
+        "W1128 11:33:22.2 75 torch/distributed/elastic/multiprocessing/api.py:1027] Sending process 76 SIGTERM\n"
+        "E1128 11:33:22.5 75 site/torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1) "
+        "local_rank: 1 (pid: 77)\nTraceback (most recent call last):\n  the launcher's own\n"
+    )
+    assert runner._cause(launched) == "(exitcode: 1) local_rank: 1 (pid: 77)\n[rank1]: KeyError: 3"
+    assert runner._cause("No module named torch.distributed.run\n") == "No module named torch.distributed.run"

@@ -94,7 +94,10 @@ def test_a_process_killed_by_the_system_goes_on_exactly(whole, tmp_path):
 
 def test_two_processes_and_parts_of_a_batch_are_one_batch(whole, tmp_path):
     """Every part holds another number of judged tokens: a mean of means would differ."""
-    script = "import test_fit, pathlib, sys; test_fit.run(pathlib.Path(sys.argv[1]), accumulate=2)"
+    script = (  # without threads of gloo's at the interpreter's end, as runner.work
+        "import pathlib, sys, torch.distributed.nn.functional, test_fit\n"
+        "test_fit.run(pathlib.Path(sys.argv[1]), accumulate=2)\ntorch.distributed.destroy_process_group()"
+    )
     (tmp_path / "run.py").write_text(script)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
