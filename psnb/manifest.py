@@ -76,11 +76,20 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
+def _left(path: Path, living: bool) -> list[Path]:
+    """Temporary neighbours of `path` whose process lives, or is gone: what a killed run left."""
+    found = path.parent.glob(f".{path.name}.*.tmp")
+    return [left for left in found if psutil.pid_exists(int(left.name.split(".")[-2])) == living]
+
+
+def written_elsewhere(path: Path) -> Path | None:
+    """The temporary neighbour of `path` that another living process is writing, if any."""
+    mine = f".{os.getpid()}.tmp"
+    return next((left for left in _left(path, living=True) if not left.name.endswith(mine)), None)
+
+
 def _sweep(path: Path) -> None:
-    """Removes temporary neighbours of `path` whose process is gone: what a killed run left."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):
-        if psutil.pid_exists(int(left.name.split(".")[-2])):
-            continue
+    for left in _left(path, living=False):
         if left.name.startswith(f".{path.name}.old.") and not path.exists():  # killed between the two renames
             os.replace(left, path)
         else:

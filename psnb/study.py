@@ -717,7 +717,6 @@ class Study:
         about = stage_facts(folder)
         if name in self.fresh:
             why = "training again, as asked"
-            shutil.rmtree(self._state(name), ignore_errors=True)  # from the first step on
         elif not folder.is_dir():
             why = "training"
         elif not {"key", "spec", "weights", "machine", "seconds", "at"} <= about.keys():
@@ -739,13 +738,21 @@ class Study:
         budget = self.profile.drafters[name].train if name != "target" else self.profile.target.train
         if budget is None:
             raise UserError(f"profile {self.profile.name}: {name} has no training budget: set its `train`")
+        final = self.results / "checkpoints" / name
+        if other := manifest.written_elsewhere(final):  # both would save their state in one folder
+            raise UserError(
+                f"{name}: another process trains it in {self.results}; wait for it, or choose another folder with "
+                f"--output (if none does, delete {other})"
+            )
+        if name in self.fresh:
+            shutil.rmtree(self._state(name), ignore_errors=True)  # from the first step on
 
         def made(temporary: Path) -> dict[str, Any]:
             self._training_rows(name)  # made here once, whoever trains
             (self.launch or self.fit_into)(name, temporary)
             return self._seal(temporary, name)
 
-        final = self._make(name, self.results / "checkpoints" / name, digest(spec), made, f"{why} on {self.device}")
+        self._make(name, final, digest(spec), made, f"{why} on {self.device}")
         shutil.rmtree(self._state(name), ignore_errors=True)
         return final
 

@@ -1,6 +1,8 @@
 """Any decoder-only checkpoint: saved as its user would, named in a profile, through the study to decoded text."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,18 @@ def test_a_model_without_a_budget_is_refused_before_its_text_is_read(project, mo
     monkeypatch.setattr(Study, "corpus", lambda self: pytest.fail("the text was read"))
     with pytest.raises(UserError, match="profile mine: eagle-ps has no training budget"):
         Study.open("mine.toml").drafter("eagle-ps")
+
+
+def test_two_processes_do_not_train_one_model_in_one_folder(project):
+    save(project, LlamaConfig)
+    made = study(project)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        written = made.results / "checkpoints" / f".eagle-ps.{other.pid}.tmp"
+        written.mkdir(parents=True)
+        with pytest.raises(UserError, match=f"^eagle-ps: another process trains it in .*, delete {written}"):
+            made.drafter("eagle-ps")
+    made.drafter("eagle-ps")
+    assert not written.exists()  # what a process left that is gone does not count, and goes
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
