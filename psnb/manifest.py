@@ -77,15 +77,18 @@ def _remove(path: Path) -> None:
 
 
 def _left(path: Path, living: bool) -> list[Path]:
-    """Temporary neighbours of `path` whose process lives, or is gone: what a killed run left."""
-    found = path.parent.glob(f".{path.name}.*.tmp")
-    return [left for left in found if psutil.pid_exists(int(left.name.split(".")[-2])) == living]
+    """Temporary neighbours of `path` that another living process writes, or that a killed run left.
+
+    Of this process there are none yet: one with its number was left by a killed one (in containers numbers recur).
+    """
+    named = re.compile(rf"\.{re.escape(path.name)}(\.old)?\.(\d+)\.tmp")
+    found = [(left, int(it[2])) for left in path.parent.glob(".*.tmp") if (it := named.fullmatch(left.name))]
+    return [left for left, pid in found if (pid != os.getpid() and psutil.pid_exists(pid)) == living]
 
 
 def written_elsewhere(path: Path) -> Path | None:
-    """The temporary neighbour of `path` that another living process is writing, if any."""
-    mine = f".{os.getpid()}.tmp"
-    return next((left for left in _left(path, living=True) if not left.name.endswith(mine)), None)
+    """The temporary neighbour of `path` that another living process writes, if any."""
+    return next(iter(_left(path, living=True)), None)
 
 
 def _sweep(path: Path) -> None:

@@ -77,17 +77,22 @@ def test_a_file_never_takes_a_folders_place(tmp_path):
     assert os.listdir(tmp_path / "new") == []
 
 
-def test_leftovers_of_a_dead_process_are_swept(tmp_path):
+@pytest.mark.parametrize("again", [False, True])
+def test_leftovers_of_a_killed_process_are_swept(tmp_path, again):
     dead = subprocess.Popen(["true"])
     dead.wait()
-    (tmp_path / f".a.{dead.pid}.tmp").mkdir()
+    pid = os.getpid() if again else dead.pid  # in a container the next process may have the same number
+    (tmp_path / f".a.{pid}.tmp").mkdir()
     (tmp_path / f".a.{os.getppid()}.tmp").mkdir()  # somebody else is at work
-    (tmp_path / f".a.old.{dead.pid}.tmp").mkdir()  # killed between the two renames: this was `a`
-    (tmp_path / f".a.old.{dead.pid}.tmp" / "kept").touch()
+    (tmp_path / f".a.csv.{pid}.tmp").touch()  # another file's
+    (tmp_path / f".a.old.{pid}.tmp").mkdir()  # killed between the two renames: this was `a`
+    (tmp_path / f".a.old.{pid}.tmp" / "kept").touch()
     with pytest.raises(ZeroDivisionError), manifest.atomic_folder(tmp_path / "a"):
         raise ZeroDivisionError
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f".a.{os.getppid()}.tmp", "a"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f".a.{os.getppid()}.tmp", f".a.csv.{pid}.tmp", "a"]
     assert (tmp_path / "a" / "kept").exists()
+    assert manifest.written_elsewhere(tmp_path / "a") == tmp_path / f".a.{os.getppid()}.tmp"
+    assert manifest.written_elsewhere(tmp_path / "a.csv") is None
 
 
 def test_frame_and_json(tmp_path):
