@@ -56,7 +56,8 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--stage", required=True, metavar="NAME", help="the target or a drafter (names: psnb list)")
     train.add_argument("--processes", type=int, default=1, metavar="N", help="processes, one a GPU (default: 1)")
     train.add_argument("--fresh", action="store_true", help="train it again")
-    train.add_argument("--into", default="", help=argparse.SUPPRESS)  # one of the processes
+    train.add_argument("--into", default="", help=argparse.SUPPRESS)  # one of the processes of
+    train.add_argument("--parent", type=int, default=0, help=argparse.SUPPRESS)
 
     commands.add_parser("list", parents=[common], help="stages, what is done, what each costs")
 
@@ -111,7 +112,7 @@ def command(given: argparse.Namespace) -> int:
         results = runner.run(given.profile, given.only, given.fresh, parameters, given.output)
         _where(results, report=given.only in (None, "report"))
     elif given.command == "train" and given.into:
-        runner.work(given.profile, given.stage, Path(given.into), given.output)
+        runner.work(given.profile, given.stage, Path(given.into), given.output, given.parent)
     elif given.command == "train":
         Study.open(given.profile, given.output).check_files(given.stage)
         print(runner.train(given.profile, given.stage, given.processes, given.fresh, given.output))

@@ -10,11 +10,13 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 
 from psnb import manifest
 from psnb.errors import UserError
@@ -342,15 +344,20 @@ def train(profile: str, stage: str, processes: int = 1, fresh: bool = False, out
 
     def launch(name: str, folder: Path) -> None:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", "psnb"]
-        given = ["train", "--profile", profile, "--output", str(study.output), "--stage", name, "--into", str(folder)]
+        given = ["train", "--profile", profile, "--output", str(study.output), "--stage", name]
+        given += ["--into", str(folder), "--parent", str(os.getpid())]
         threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // processes, 1))}  # else 1, and a warning
-        done = subprocess.run(
-            [sys.executable, *launcher, *given], stderr=subprocess.PIPE, text=True, env={**threads, **os.environ}
-        )
+        how: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "env": {**threads, **os.environ}}
+        with subprocess.Popen([sys.executable, *launcher, *given], **how) as launched:
+            try:
+                stderr = launched.communicate()[1]
+            except BaseException:  # a notebook's interrupt reaches this process alone
+                launched.terminate()  # and the launcher its processes, which subprocess.run would leave behind
+                raise
         if (told := folder / "error.txt").is_file():
             raise UserError(told.read_text(encoding="utf-8"))
-        if done.returncode:
-            raise UserError(f"training {name} in {processes} processes failed: {_cause(done.stderr)}")
+        if launched.returncode:
+            raise UserError(f"training {name} in {processes} processes failed: {_cause(stderr)}")
 
     study.launch = launch if processes > 1 else None
     study.make(stage)
@@ -366,8 +373,19 @@ def _cause(stderr: str) -> str:
     return f"{how}\n{chr(10).join(own) or said}".strip()[-3000:]
 
 
-def work(profile: str, stage: str, folder: Path, output: str) -> None:
-    """One of the processes that `train` started: trains into `folder`; the first one talks and writes."""
+def _end_with(parent: int) -> None:
+    """Ends this process soon after the one that asked for it, or the launcher between the two, was killed."""
+    launcher = os.getppid()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        asked = psutil.Process(parent)
+        while os.getppid() == launcher and asked.is_running() and asked.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(1)
+    os._exit(1)
+
+
+def work(profile: str, stage: str, folder: Path, output: str, parent: int) -> None:
+    """One of the processes that `train` in process `parent` started: trains into `folder`; the first one talks."""
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     # Its functions take the group that is there when it is imported as a default argument. Imported later it would keep
     # gloo's threads alive after destroy_process_group, and these can abort the interpreter's end (pytorch#190489).
     import torch.distributed.nn.functional  # noqa: F401

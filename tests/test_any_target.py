@@ -1,10 +1,14 @@
 """Any decoder-only checkpoint: saved as its user would, named in a profile, through the study to decoded text."""
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import toys
@@ -208,6 +212,34 @@ def test_train_in_one_process_and_two_and_what_they_refuse(project, monkeypatch)
     with pytest.raises(UserError, match=r"^training eagle-ps in 2 processes failed: \(exitcode: -6\) local_rank: 1"):
         runner.train("mine.toml", "eagle-ps", 2, fresh=True)
     assert Study.open("mine.toml").ready("eagle-ps")  # the one before is kept
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_no_process_of_a_training_outlives_the_one_that_was_stopped(project, how):
+    """Stopped alone, as from a notebook: a terminal's Ctrl-C would reach all of them."""
+    save(project, LlamaConfig)
+    study(project)
+    text = (project[0] / "mine.toml").read_text().replace("steps = 3", "steps = 100000")
+    (project[0] / "mine.toml").write_text(text.replace("log_every = 1", "log_every = 50"))
+    command = "-m psnb train --profile mine.toml --stage eagle-ps --processes 2"
+    with subprocess.Popen(
+        [sys.executable, *command.split()],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
+    ) as asked:
+        try:
+            assert any("step 50 of" in line for line in asked.stdout)
+            others = psutil.Process(asked.pid).children(recursive=True)
+            assert len(others) >= 3  # a launcher and its two
+            asked.send_signal(how)
+            assert asked.wait(20) == (130 if how == signal.SIGINT else -how)
+            assert not psutil.wait_procs(others, timeout=20)[1]
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(asked.pid, signal.SIGKILL)
 
 
 def test_the_words_of_the_process_that_fell_first_are_told():
