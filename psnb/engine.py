@@ -562,11 +562,8 @@ class Engine:
         mark = time.perf_counter()
         while live := [row for row, stop in enumerate(stops) if not stop.done]:
             unread = sum(len(turns) for turns, _ in flying)
-            seen = launched - unread
-            needed = 0  # rounds, at the pace so far; at first as if all were accepted
-            for row in live:
-                count = len(made[row].tokens)
-                needed = max(needed, math.ceil((most - count) / ((count - 1) / seen if seen else self.depth + 1)))
+            # rounds that are needed even if all is accepted: to wait for the last ones costs less than one in vain
+            needed = max(math.ceil((most - len(made[row].tokens)) / (self.depth + 1)) for row in live)
             if (rounds := min(self.every, needed - unread)) > 0:
                 far = (unread + rounds) * (self.depth + 1)
                 ahead = [min(held[row] + far, len(prompts[row]) + most) for row in live]

@@ -76,6 +76,8 @@ def test_one_sequence_stops_where_decoding_stops(kind, every, lag):
         made = engine.generate([PROMPT])
         assert_same(made, target, drafter, [PROMPT], one, [5])
         how.append(made[0].stopped)
+        if how[-1] == "length":  # no round was in vain
+            assert int(engine.step) == (len(made[0].rounds) or len(made[0].tokens) - 1)
     assert how[:2] == ["length", "stop"]
 
 
