@@ -32,7 +32,7 @@ from psnb.drafters.base import gather, last
 from psnb.drafters.parallel import plant
 from psnb.errors import UserError
 from psnb.profile import nearest
-from psnb.target import Target, heads
+from psnb.target import Target, heads, ropes
 from psnb.tree import Candidates, Plan, Shape, Tree
 from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform
 
@@ -77,9 +77,8 @@ def refuse(target: Target) -> None:
         raise UserError(f"the engine needs plain attention in every layer, this target has {what}: use decode.py")
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UserError("the engine decodes decoder-only targets: this one attends to an encoder; use another")
-    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in ("dynamic", "longrope"):
-        raise UserError(f"{rope} RoPE looks at the length in every pass, which a graph cannot: use decode.py")
+    if moving := {of.get("rope_type") for of in ropes(config)} & {"dynamic", "longrope"}:
+        raise UserError(f"{moving.pop()} RoPE looks at the length in every pass, which a graph cannot: use decode.py")
 
 
 class Prompts:

@@ -392,6 +392,7 @@ def work(profile: str, stage: str, folder: Path, output: str, parent: int) -> No
     from accelerate import PartialState
 
     study = Study.open(profile, output)
+    study.quiet = True
     state = PartialState(cpu=study.device.type == "cpu")  # chooses this process's GPU
     with contextlib.ExitStack() as stack:
         if not state.is_main_process:

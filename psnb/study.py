@@ -138,6 +138,7 @@ class Study:
     fresh: set[str] = field(default_factory=set)  # stages to make again, each once
     launch: Callable[[str, Path], None] | None = None  # trains a model into a folder elsewhere (see runner.train)
     asked: str = ""  # the profile as it was named: its name, or a .toml file
+    quiet: bool = False  # of what is reused: another process has told
     _loaded: dict[str, Any] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
     _making: list[str] = field(default_factory=lambda: [os.environ.get("PSNB_NOTEBOOK", "")])  # outermost first
@@ -242,7 +243,7 @@ class Study:
 
     def once(self, stage: str, text: str) -> None:
         """One line a stage, however often it is asked for."""
-        if stage not in self._said:
+        if stage not in self._said and not self.quiet:
             self._said.add(stage)
             say(f"{stage}: {text}")
 

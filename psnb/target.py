@@ -58,6 +58,12 @@ def heads(config: Any) -> tuple[int, int, int]:
     return count, keys, getattr(config, "head_dim", None) or config.hidden_size // count
 
 
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """The RoPE parameters of a model's configuration: one set, or one for each kind of layer (as in Gemma 3)."""
+    found = getattr(config, "rope_parameters", None) or {}
+    return [of for of in found.values() if isinstance(of, dict)] or [found]
+
+
 class Target:
     """The frozen causal LM p. Its *feature* f_t is the last hidden state after the final norm."""
 
@@ -71,9 +77,9 @@ class Target:
         config = model.config
         limits = [config.max_position_embeddings]
         limits += filter(None, [getattr(config, "sliding_window", None)])  # within it, sliding attention is plain
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") == "longrope":  # beyond, all keys turn by other angles than those that were cached
-            limits += filter(None, [rope.get("original_max_position_embeddings")])
+        for rope in ropes(config):
+            if rope.get("rope_type") == "longrope":  # beyond, all keys turn by other angles than those that were cached
+                limits += filter(None, [rope.get("original_max_position_embeddings")])
         self.context: int = min(limits)
         self.layers: int = model.config.num_hidden_layers
         queries, keys, _ = heads(model.config)

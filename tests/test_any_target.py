@@ -185,7 +185,7 @@ if rank == "1" and "FALL" in os.environ: os.abort()
 """
 
 
-def test_train_in_one_process_and_two_and_what_they_refuse(project, monkeypatch):
+def test_train_in_one_process_and_two_and_what_they_refuse(project, monkeypatch, capfd):
     save(project, LlamaConfig)
     study(project)
     with pytest.raises(UserError, match="--stage eagel: no model that this profile trains; did you mean eagle-ps"):
@@ -203,7 +203,10 @@ def test_train_in_one_process_and_two_and_what_they_refuse(project, monkeypatch)
     one = load_file(folder / "drafter.safetensors")
     monkeypatch.setenv("PYTHONPATH", f"{project[0]}:{ROOT}")
     (project[0] / "sitecustomize.py").write_text(AT_THE_END.format(folder=str(project[0])))
+    capfd.readouterr()
     assert runner.train("mine.toml", "eagle-ps", 2, fresh=True) == folder
+    told = [line.split(":")[0] for line in capfd.readouterr().out.splitlines() if ": reused" in line]
+    assert "corpus" in told and len(told) == len(set(told))  # by the process that asked, not by each
     for rank in "01":  # gloo's threads are gone before the interpreter ends: they can abort it
         assert "gloo" not in (project[0] / f"threads.{rank}").read_text()
     for name, weight in load_file(folder / "drafter.safetensors").items():

@@ -376,9 +376,12 @@ def test_a_window_shorter_than_the_capacity_and_other_states_are_refused():
     stateful.model._is_stateful = True
     with pytest.raises(UserError, match="plain attention in every layer, this target has llama"):
         Engine(stateful, None, settings)
-    scaled = toys.target(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
-    with pytest.raises(UserError, match="dynamic RoPE looks at the length"):
-        Engine(scaled, None, settings)
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    scaled, by_kind = toys.target(rope_parameters=dynamic), toys.target()
+    by_kind.config.rope_parameters = {"sliding_attention": {"rope_type": "default"}, "full_attention": dynamic}
+    for one in (scaled, by_kind):
+        with pytest.raises(UserError, match="dynamic RoPE looks at the length"):
+            Engine(one, None, settings)
     crossed = toys.target()
     crossed.config.add_cross_attention = True
     with pytest.raises(UserError, match="decoder-only"):
