@@ -561,7 +561,7 @@ class Engine:
         mark = time.perf_counter()
         while live := [row for row, stop in enumerate(stops) if not stop.done]:
             unread = sum(len(turns) for turns, _ in flying)
-            # rounds that are needed even if all is accepted: to wait for the last ones costs less than one in vain
+            # rounds that are needed even if all is accepted: one in vain costs a round, to wait a part of one
             needed = max(math.ceil((most - len(made[row].tokens)) / (self.depth + 1)) for row in live)
             if (rounds := min(self.every, needed - unread)) > 0:
                 far = (unread + rounds) * (self.depth + 1)

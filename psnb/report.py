@@ -208,6 +208,22 @@ def headline(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table)
 
 
+def shapes(summary: pd.DataFrame) -> pd.DataFrame:
+    """A row a draft of notebook 7 at the larger shapes, batch 1: tokens per step, of each shape a round and x plain."""
+    rows = pick(summary, stage=COST)
+    rows = rows[rows.task.isin(LARGE)].fillna({"tree": "", "k": 0, "nodes": 0})
+    named = {"tokens_per_step": "tokens per step", "round_ms": "ms a round", "speedup_vs_plain": "x plain"}
+    table = []
+    for method in order(rows.method):
+        for (k, tree, nodes), own in rows[rows.method == method].groupby(["k", "tree", "nodes"], sort=False):
+            line = {"method": method, "draft": shape_name(k, tree, nodes), named["tokens_per_step"]: ""}
+            for task, metric, found in own[own.metric.isin(named)][["task", "metric", "value"]].itertuples(index=False):
+                of = "" if metric == "tokens_per_step" else f"{task.removesuffix(' x 1')}, "
+                line[of + named[metric]] = f"{found:.2f}"
+            table.append(line)
+    return pd.DataFrame(table).fillna("")
+
+
 def notes(summary: pd.DataFrame, runs: pd.DataFrame | None = None) -> list[str]:
     """What must be known to read `headline`: prompts, baselines, and how much plain decoding repeats itself.
 
@@ -769,7 +785,16 @@ def setting(facts: dict[str, Any]) -> str:
 
 
 def readme_block(summary: pd.DataFrame, facts: dict[str, Any], profile: str, runs: pd.DataFrame | None = None) -> str:
-    """What stands between README's marks: the figure and the headline table of a profile's results."""
+    """What stands between README's marks: the figure and the headline table of a profile's results.
+
+    Where the speedup notebook was not run, what the larger shapes would make of recorded rounds.
+    """
+    if best(summary).empty:
+        said = (
+            "Random weights; decisions are those that a trained model's rounds recorded, so this is the latency of a "
+        )
+        said += "shape at that acceptance, not the quality of a model. Batch 1."
+        return f"{markdown(shapes(summary))}\n\n{said} Measured: {where(facts)}."
     text = asked((facts.get("settings") or {}).get("data", {}))
     return "\n\n".join(
         (
@@ -792,7 +817,7 @@ def readme(readme: Path, summary: Path) -> None:
         raise UserError(f"{readme}: wants one line {begin} and one line {end}")
     before, rest = text.split(begin)
     facts, rows = manifest.RunManifest(summary.parent / "manifest.json").read(), load(summary)
-    if best(rows).empty:
+    if best(rows).empty and shapes(rows).empty:
         raise UserError(f"{summary} has no rows of {SPEEDUP}: run it first")
     block = readme_block(rows, facts, profile, runs(summary.parent).get(SPEEDUP))
     manifest.write_text(Path(readme), f"{before}{begin}\n{block}\n{end}{rest.split(end)[1]}")

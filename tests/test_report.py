@@ -711,7 +711,7 @@ def committed(path):
     return None if (ROOT / ".git").exists() or not (ROOT / path).is_file() else (ROOT / path).read_text()
 
 
-@pytest.mark.parametrize("profile", ["embedded", "h200", "h200-long"])
+@pytest.mark.parametrize("profile", ["embedded", "h200", "h200-long", "shapes"])
 def test_readme_agrees_with_the_committed_results(profile, tmp_path):
     tables = committed(f"results/{profile}/summary.csv")
     if tables is None:
@@ -723,7 +723,22 @@ def test_readme_agrees_with_the_committed_results(profile, tmp_path):
     block = report.readme_block(report.load(tmp_path / "summary.csv"), facts, profile, runs)
     begin, end = report.marks(profile)
     assert block == (committed("README.md").split(begin)[1].split(end)[0]).strip()
-    assert committed(f"figures/{profile}/04_speedup.svg")
+    assert all(committed(f"{name}.svg") for name in re.findall(r"(figures/\S+)\.png", block))
+
+
+def test_the_larger_shapes_stand_in_a_table_of_their_own():
+    made, eagle, none = [], ("eagle", "dynamic", 4, 63), ("plain", "", 0, 0)
+    for task, plain in (("llama-2-7b x 1", 4.0), ("llama-2-7b x 8", 5.0), ("llama-2-13b x 1", 8.0), ("toy x 1", 1.0)):
+        for (method, tree, k, nodes), steps, ms in ((eagle, 3.9, 6.0), (none, 1.0, plain)):
+            line = {"method": method, "tree": tree, "k": k, "nodes": nodes, "task": task, "temperature": 0.7}
+            found = {"tokens_per_step": steps, "round_ms": ms, "speedup_vs_plain": steps * plain / ms, "host_ms": 0.1}
+            made += [{**line, "metric": name, "value": number, "n": 1, "unit": ""} for name, number in found.items()]
+    table = report.readme_block(report.rows("07_cost", made), {"profile": "toy"}, "toy").splitlines()
+    assert "toy" not in table[0] and table[0].count("ms a round") == 2
+    assert table[2:4] == [
+        "| plain |  | 1.00 | 4.00 | 1.00 | 8.00 | 1.00 |",
+        "| eagle | dynamic 63 (k = 4) | 3.90 | 6.00 | 2.60 | 6.00 | 5.20 |",
+    ]
 
 
 @pytest.mark.parametrize(
