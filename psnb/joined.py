@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-GATE = ("gate_proj", "up_proj")
-GROUPS = (("q_proj", "k_proj", "v_proj"), GATE)
+GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 AFTER = "down_proj"
 
 
@@ -31,10 +30,6 @@ def _(x: Tensor) -> None:
     return None
 
 
-def one_row(x: Tensor) -> bool:
-    return x.numel() == x.shape[-1]
-
-
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., n], weight [m, n] -> [..., m]. Of one row, the compiler may not compute x as a part of the product.
 
@@ -42,7 +37,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     H100 that took 122 us in place of 96 for gate and up of Llama-2-13B (5,120 x 27,648), 60 in place of 54 for its
     query, key and value.
     """
-    if one_row(x):
+    if x.numel() == x.shape[-1]:
         settle(x)
     return F.linear(x, weight, bias)
 
@@ -67,15 +62,10 @@ def join(tensors: Sequence[nn.Parameter]) -> Tensor:
 
 
 class Joined(nn.Module):
-    """A product of one input, of which several parts are asked for, one after the other.
+    """A product of one input, of which several parts are asked for, one after the other."""
 
-    gated: what is asked for is multiplied element by element. Of one row the parts are products apart, of which the
-    compiler makes one kernel, with the gate in it.
-    """
-
-    def __init__(self, parts: Sequence[nn.Linear], gated: bool = False) -> None:
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
         super().__init__()
-        self.apart = nn.ModuleList(parts if gated else ())
         self.sizes = [part.out_features for part in parts]
         self.weight = nn.Parameter(join([part.weight for part in parts]), requires_grad=False)
         has_bias = parts[0].bias is not None
@@ -85,18 +75,13 @@ class Joined(nn.Module):
 
     def take(self, index: int, x: Tensor) -> Tensor:
         if not self.left:
-            self.made, self.left = self._all(x), len(self.sizes)
+            made = product(x, self.weight, self.bias)
+            self.made, self.left = made.split(self.sizes, -1), len(self.sizes)
         taken = self.made[index]
         self.left -= 1
         if not self.left:
             self.made = ()
         return taken
-
-    def _all(self, x: Tensor) -> tuple[Tensor, ...]:
-        if len(self.apart) and one_row(x):
-            settle(x)
-            return tuple(part(x) for part in self.apart)
-        return product(x, self.weight, self.bias).split(self.sizes, -1)
 
 
 class Part(nn.Module):
@@ -129,7 +114,7 @@ def parts(layers: nn.Module) -> list[tuple[nn.Module, str, nn.Module]]:
             found = [getattr(block, name, None) for name in names]
             alike = all(type(one) is nn.Linear for one in found) and len({one.bias is None for one in found}) == 1
             if alike and len({(one.in_features, one.weight.dtype) for one in found}) == 1:
-                whole = Joined(found, names == GATE)
+                whole = Joined(found)
                 made += [(block, name, Part(whole, index)) for index, name in enumerate(names)]
         after = getattr(block, AFTER, None)
         if type(after) is nn.Linear and after.bias is None:
