@@ -152,12 +152,13 @@ def _bench(given: argparse.Namespace) -> None:
         manifest.check_writable(Path(given.json))
     names = ("methods", "k", "nodes", "prompts", "tokens", "temperatures", "repeats")
     found = bench.run(Study.open(given.profile, given.output), **{name: getattr(given, name) for name in names})
+    if given.json:
+        bench.write(found, Path(given.json))
     print(f"{found['profile']}, {found['dtype']}, {manifest.machine_name(found['machine'])}")
     print(bench.table(found).to_string(index=False, na_rep=""))
     if found["peak_gb"] is not None:
         print(f"peak memory {found['peak_gb']:.1f} GB, graphs captured in {found['capture_seconds']:.0f} s")
     if given.json:
-        bench.write(found, Path(given.json))
         print(f"written: {given.json}")
 
 

@@ -14,7 +14,7 @@ from psnb import manifest, measure
 from psnb.engine import Engines
 from psnb.errors import UserError
 from psnb.measure import ARM, Arm
-from psnb.profile import nearest
+from psnb.profile import DrafterSpec, nearest
 
 if TYPE_CHECKING:
     from psnb.study import Study
@@ -28,15 +28,16 @@ SHOWN = {
 }
 
 
-def arms(lengths: dict[str, int], nodes: int) -> list[Arm]:
+def arms(lengths: dict[str, int], nodes: int, specs: dict[str, DrafterSpec]) -> list[Arm]:
     """Baselines, then each drafter with a chain of its k and with its own tree of `nodes` nodes (0: chains alone).
 
-    {"eagle": 5, "eagle-ps": 8}, 16 -> the three baselines, 2 chains, a dynamic and a best-first tree.
+    {"eagle": 5, "eagle-ps": 8}, 16 -> the three baselines, 2 chains, a dynamic and a best-first tree. `specs` are the
+    drafters' own.
     """
     baselines = ("plain", "hf_generate", "hf_static")
     made = measure.chains({name: [0] for name in baselines} | {name: [k] for name, k in lengths.items()})
     grown = {name: [[k, nodes]] for name, k in lengths.items() if nodes}
-    return made + measure.trees(grown)
+    return made + measure.trees(grown, specs)
 
 
 def spread(families: Sequence[str], count: int) -> list[int]:
@@ -60,9 +61,10 @@ def run(
 
     Raises `UserError` for a method that the profile does not have, and for counts below 1.
     """
-    for name, count in {"k": k, "prompts": prompts, "tokens": tokens, "repeats": repeats}.items():
-        if count < 1:
-            raise UserError(f"{name} = {count}: give 1 or more")
+    least = {"k": (k, 1), "prompts": (prompts, 1), "tokens": (tokens, 2), "repeats": (repeats, 1)}
+    for name, (count, bound) in least.items():  # the first token is the prompt's pass, so one token alone has no speed
+        if count < bound:
+            raise UserError(f"{name} = {count}: give {bound} or more")
     if nodes < 0 or not all(0 <= t < math.inf for t in temperatures):
         raise UserError(f"nodes = {nodes}, temperatures = {list(temperatures)}: none may be below 0")
     wrong = [name for name in methods if name not in study.profile.drafters]
@@ -79,12 +81,12 @@ def run(
         torch.cuda.reset_peak_memory_stats()
     longest = min(max(map(len, chosen["input_ids"])) + max(measure.WARM, tokens), target.context)
     # made here, to be asked how long they captured
-    engines = Engines(target, drafters, length=longest) if cuda else None
+    engines = Engines(target, drafters, length=longest) if measure.engine_plays(target) else None
     lengths = {name: min(k, drafter.k) for name, drafter in drafters.items()}
     for name, length in lengths.items():
         if length < k:
             manifest.say(f"{name}: drafts {length} tokens, not {k}: it was trained for no more")
-    plan = arms(lengths, nodes)
+    plan = arms(lengths, nodes, {name: drafter.spec for name, drafter in drafters.items()})
     budget = {"temperatures": temperatures, "max_new_tokens": tokens, "repeats": repeats}
     seed = study.profile.seed
     runs = measure.run(target, drafters, chosen, arms=plan, seed=seed, label="bench", engines=engines, **budget)
@@ -112,8 +114,8 @@ def table(found: dict[str, Any]) -> pd.DataFrame:
     index = ["temperature", "method", "tree", "k", "nodes"]
     wide = rows.pivot_table(index=index, columns="metric", values="value", sort=False)
     made = wide[[name for name in SHOWN if name in wide]].rename(columns=SHOWN).reset_index()
-    low = rows[rows["metric"] == "tokens_per_second"]
-    made.insert(6, "95 %", [f"{a:.1f} to {b:.1f}" for a, b in zip(low["low"], low["high"], strict=True)])
+    ends = rows[rows["metric"] == "tokens_per_second"].set_index(index)[["low", "high"]].reindex(wide.index)
+    made.insert(6, "95 %", ["" if a != a else f"{a:.1f} to {b:.1f}" for a, b in ends.itertuples(index=False)])
     return made.astype({"k": int, "nodes": int}).round(2)
 
 

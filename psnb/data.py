@@ -103,7 +103,7 @@ def environment_files(constraints: Path) -> pd.DataFrame:
     pins = _pins(constraints)
     rows, mismatched, seen = [], {}, set()
     for dist in importlib.metadata.distributions():
-        name = canonicalize_name(dist.name)
+        name = canonicalize_name(dist.name or "")  # none in the folder of an interrupted install
         if name in NEVER or name not in pins or name in seen:  # the first on sys.path is the one that is imported
             continue
         seen.add(name)

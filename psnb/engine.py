@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from transformers import DynamicCache
 
 from psnb import cache as caches
 from psnb import joined
@@ -32,20 +33,25 @@ from psnb.drafters.base import gather, last
 from psnb.drafters.parallel import plant
 from psnb.errors import UserError
 from psnb.profile import nearest
-from psnb.target import Target, heads, ropes
+from psnb.target import Target, check_attention, heads, ropes
 from psnb.tree import Candidates, Plan, Shape, Tree
 from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform
 
 FIRST = 256  # rows of the smallest bucket
 BLOCK = 64  # rows of a cache come in so many
 PARTS = ("draft", "verify", "walk", "commit")  # of a round
+CURE = "leave notebook 7 out (`stages`); the others decode it without the engine"
 # The compiler's options. Products of one row become generated reductions, tried in several sizes: faster, and longer to
 # compile. The noise is a hash, whose words are each used twice: written out in full it took 2 cores 28 s, now 3. Tiling
 # by memory access is not meant for symbolic sizes: torch 2.11 stops where it meets two forms of one (pytorch#181563).
 # Other elementwise kernels are small: to time each in two forms takes longer than is won. Where the GPU can (Hopper), a
 # kernel of a one-row pass is on its way before the one before it ends (programmatic dependent launch).
 QUICK = {"triton.autotune_pointwise": False}
-TUNED = {"coordinate_descent_tuning": True, "triton.enable_pdl": True}
+TUNED = {
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "triton.enable_pdl": True,
+}
 SHORT = {**QUICK, "realize_opcount_threshold": 8, "triton.coalesce_tiling_analysis": False}
 
 
@@ -69,16 +75,21 @@ class _Given:
 
 
 def refuse(target: Target) -> None:
-    """Raises `UserError` for a target whose state is more than the keys and values of each token."""
-    config, model = target.config, target.model
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if getattr(model, "_is_stateful", False) or kinds:
-        what = ", ".join(sorted(kinds)) or config.model_type
-        raise UserError(f"the engine needs plain attention in every layer, this target has {what}: use decode.py")
+    """Raises `UserError` for a target that needs more than keys and values of static shapes, the same in all layers.
+
+    Of these `decode.py` decodes some, so whoever has the choice (`measure.run`) takes that.
+    """
+    config = target.config
+    check_attention(target.model)
     if getattr(config, "is_encoder_decoder", False) or getattr(config, "add_cross_attention", False):
         raise UserError("the engine decodes decoder-only targets: this one attends to an encoder; use another")
     if moving := {of.get("rope_type") for of in ropes(config)} & {"dynamic", "longrope"}:
-        raise UserError(f"{moving.pop()} RoPE looks at the length in every pass, which a graph cannot: use decode.py")
+        raise UserError(f"{moving.pop()} RoPE looks at the length in every pass, which a graph cannot: {CURE}")
+    (_, keys, width), seen, zero = heads(config), DynamicCache(), torch.zeros(1, 1, dtype=torch.long)
+    with torch.inference_mode():
+        target.features(*(zero.to(target.device),) * 2, None, seen)
+    if {(*of.keys.shape[1::2], of.values.shape[-1]) for of in seen.layers} != {(keys, width, width)}:
+        raise UserError(f"the engine needs {keys} key heads of {width} in every layer, this target has others: {CURE}")
 
 
 class Prompts:
@@ -116,7 +127,7 @@ class Prompts:
             began, before = time.perf_counter(), self.capture_seconds
             features, cache = self._forward(*key)
             cache.crop(n if key[1] is None else n - 1)
-            _wait(self.target.device)
+            wait(self.target.device)
             captured = self.capture_seconds - before
             self._found[key] = features, cache, time.perf_counter() - began - captured
             off -= captured
@@ -141,7 +152,7 @@ class Prompts:
             began, made = time.perf_counter(), []
             replay = _recorded(lambda: made.append(self._work(ids, taps, drafter, features)))
             self._graphs[key] = replay, *made[-1]
-            _wait(given.device)
+            wait(given.device)
             self.capture_seconds += time.perf_counter() - began
         replay, features, cache = self._graphs[key]
         replay()
@@ -172,7 +183,7 @@ def _recorded(work: Callable[[], None], pool: Any = None) -> Callable[[], None]:
     return graph.replay
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -587,7 +598,7 @@ class Engine:
             for of in made:
                 of.seconds["verify"] += verify + (mark - now - host)
                 of.seconds["host"] += host
-        _wait(self.target.device)  # for the rounds in vain
+        wait(self.target.device)  # for the rounds in vain
         for of in made:
             of.seconds["verify"] += time.perf_counter() - mark
         return made
@@ -669,10 +680,10 @@ class Engine:
                 run = self._graphed(work[name], pool) if self.graph and name != "round" else work[name]
                 for turn in range(repeats + 3):
                     if turn == 3:
-                        _wait(self.target.device)
+                        wait(self.target.device)
                         began = time.perf_counter()
                     run()
-                _wait(self.target.device)
+                wait(self.target.device)
                 made[name] = 1e3 * (time.perf_counter() - began) / repeats
         return made
 

@@ -21,11 +21,11 @@ from psnb import drafters as models
 from psnb.cache import KVCache
 from psnb.decode import Generation, Sampler, Settings, Stops, autoregressive, speculative
 from psnb.drafters import Drafter
-from psnb.engine import Engine, Engines, Prompts
+from psnb.engine import Engine, Engines, Prompts, refuse, wait
 from psnb.errors import UserError
 from psnb.profile import DrafterSpec, TargetSpec, nearest
 from psnb.target import Target, untrained
-from psnb.tree import Plan
+from psnb.tree import Plan, most
 from psnb.verify import Noise, coupled_acceptance, coupled_bounds, perturb, warp
 
 if TYPE_CHECKING:
@@ -73,14 +73,18 @@ def chains(lengths: dict[str, list[int]]) -> list[Arm]:
     return [Arm(method, k, "chain" if k else "", k) for method, ks in lengths.items() for k in ks]
 
 
-def trees(sizes: dict[str, list[list[int]]], longest: dict[str, int] | None = None) -> list[Arm]:
-    """Arms of the drafters' own best trees, [depth k, nodes N] by method: `eagle` grows its trees, others know them.
+def trees(sizes: dict[str, list[list[int]]], specs: dict[str, DrafterSpec]) -> list[Arm]:
+    """Arms of the drafters' own best trees, [depth k, nodes N] by name: of kind `eagle` they are grown, else known.
 
-    longest: the methods that there are, and how deep each can draft at most.
+    specs: the drafters that there are; none drafts deeper than its k, and no grown tree has more nodes than it can.
     """
-    own, most = {"eagle": "dynamic"}, {name: max(k for k, _ in pairs) for name, pairs in sizes.items() if pairs}
-    most = most if longest is None else {name: longest[name] for name in most if name in longest}
-    found = [Arm(m, min(k, most[m]), own.get(m, "best_first"), n) for m in sizes if m in most for k, n in sizes[m]]
+    found = []
+    for name, pairs in sizes.items():
+        if (spec := specs.get(name)) is None:
+            continue
+        for k, nodes in ((min(k, spec.k), nodes) for k, nodes in pairs):
+            grown = spec.kind == "eagle"
+            found.append(Arm(name, k, *(("dynamic", min(nodes, most(k))) if grown else ("best_first", nodes))))
     return list(dict.fromkeys(found))
 
 
@@ -99,6 +103,18 @@ def drafted_arms(runs: pd.DataFrame, temperature: float, count: int = 0) -> list
     if count:
         speed = speed.sort_values(ascending=False, kind="stable").groupby(level="method", sort=False).head(count)
     return [Arm(method, int(k), tree, int(nodes), rule) for method, tree, k, nodes, rule in speed.index]
+
+
+def engine_plays(target: Target) -> bool:
+    """Whether the engine is to decode: on a GPU, unless it refuses the target, which is then said."""
+    if target.device.type != "cuda":
+        return False
+    try:
+        refuse(target)
+    except UserError as error:
+        manifest.say(f"decoding without the engine: {error}")
+        return False
+    return True
 
 
 class _Watch(StoppingCriteria):
@@ -212,7 +228,7 @@ def run(
     generated = set(families.head(len(records) if hf_prompts is None else hf_prompts)["id"])
     lengths = {record["id"]: len(record["input_ids"]) + max(WARM, max_new_tokens) for record in records}
     longest = max(lengths.values())
-    if engines is None and target.device.type == "cuda":
+    if engines is None and engine_plays(target):
         engines = Engines(target, drafters, compile_layers=compiled, length=min(longest, target.context))
     static = None
     if any(arm.method == "hf_static" for arm in arms):  # as long as is needed: it attends over all of it
@@ -627,10 +643,11 @@ def draft_times(
     """Milliseconds of one draft of k tokens after `context` known ones: method, k, draft_ms, low, high, n.
 
     Two new real rows a draft, as after a round that accepted one token; medians with bootstrap intervals, all arms
-    interleaved. Includes the choice of the tokens. On a GPU the draft is the engine's, a graph with k + 1 real rows.
+    interleaved. Includes the choice of the tokens. On a GPU the draft is the engine's, a graph with k + 1 real rows,
+    where it decodes (`engine_plays`).
     """
     arms = [(name, k) for name, drafter in drafters.items() for k in ks if k <= drafter.k]
-    if target.device.type == "cuda":
+    if engine_plays(target):
         prompt, taken = torch.arange(context).remainder(target.vocab_size).tolist(), {}
         prompts = Prompts(target)
         for name, k in arms:
@@ -655,6 +672,7 @@ def draft_times(
             began = time.perf_counter()
             plan = plans[name, k]
             drafters[name].draft(features[name][:, -2:], ids[:, -2:], plan, sampler.propose(plan), caches[name])
+            wait(target.device)
             if turn >= 3:  # the first ones warm up
                 taken[name, k].append(1e3 * (time.perf_counter() - began))
             caches[name].crop(context)

@@ -209,6 +209,10 @@ def load(name: str) -> Profile:
         table = tomllib.loads(raw.decode("utf-8"))
     except ValueError as error:  # of TOML, or of UTF-8
         raise UserError(f"profile {name}: not valid TOML in UTF-8: {error}") from None
+    if table.get("name", name) != name:  # its results' folder
+        raise UserError(
+            f"profile {name}: name = {table['name']!r}; a profile is named as its file is: leave the key out"
+        )
     profile = _build(Profile, {"name": name, **table}, f"profile {name}")
     _check(profile)
     return profile

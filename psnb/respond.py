@@ -7,6 +7,7 @@ rows are batched, and a second run writes the same.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -60,16 +61,20 @@ def write(
 ) -> list[list[int]]:
     """What the target writes after each of B prompts, all at once: `new` tokens, or fewer where it ends, end included.
 
+    It ends at the first of the target's `stop_tokens`.
+
     rows: B numbers that name the prompts' noise; `length` is more than any position that is of use. Shorter prompts are
     padded on the left, where nothing looks. The K/V cache is static, and with `graph` (a GPU) a token is one CUDA
     graph: no wait for the host but every LOOK tokens.
     """
-    end = -1 if target.eos_token_id is None else target.eos_token_id
     device, size, m = target.device, len(prompts), max(map(len, prompts))
     pad = torch.tensor([m - len(p) for p in prompts], device=device)
     ids = torch.tensor([[0] * (m - len(p)) + list(p) for p in prompts], device=device)
     first = torch.tensor(rows, device=device) * length  # of the noise's positions
-    cache = StaticCache(config=target.config, max_cache_len=m + new)
+    ends = torch.tensor(target.stop_tokens, dtype=torch.long, device=device)
+    plain = copy.deepcopy(target.config)  # rows are within a sliding window, but padded ones may be longer
+    plain.sliding_window, plain.layer_types = None, ["full_attention"] * target.layers
+    cache = StaticCache(config=plain, max_cache_len=m + new)
     key = torch.arange(m + new, device=device)
     at = torch.arange(m, device=device)
     mask = (key <= at[:, None]) & (key >= pad[:, None, None])
@@ -104,10 +109,10 @@ def write(
                 step()
             run = captured.replay
         run()
-        if count % LOOK == 0 and (written[:, : count + 1] == end).any(1).all():
+        if count % LOOK == 0 and torch.isin(written[:, : count + 1], ends).any(1).all():
             break
     texts = written[:, : int(done)].tolist()
-    return [text[: text.index(end) + 1] if end in text else text for text in texts]
+    return [text[: next((i for i, x in enumerate(text) if x in target.stop_tokens), new) + 1] for text in texts]
 
 
 def respond(

@@ -26,6 +26,8 @@ from psnb.study import DATA, FORMAT, SPLITS, Study, code, stage_facts
 
 CORE_FLOPS = 5e10  # a second, reached while training by a core. For cost hints only, as the next
 GPU_FLOPS = 4e11  # the same by a data-centre GPU, for each of the first 1,024 of the target's width
+# What the compiler says of its own choices: nothing that a notebook's reader could act on
+QUIET = ",".join(f"ignore::UserWarning:torch._inductor.{name}" for name in ("lowering", "compile_fx"))
 
 
 def notebooks(study: Study) -> dict[str, Path]:
@@ -171,6 +173,7 @@ def _papermill(study: Study, source: Path, running: Path, values: dict[str, Any]
         "JUPYTER_PATH": os.pathsep.join(filter(None, kernels)),
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONWARNINGS": ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), QUIET])),
     }
     before = dict(os.environ)
     os.environ.update(environment)
@@ -238,6 +241,8 @@ def run(
         if only not in (None, notebook):
             raise UserError(f"-p {notebook}.{next(iter(values))}: --only {only} does not run {notebook}")
     chosen = [path for name, path in notebooks(study).items() if only in (None, name)]
+    if not study.profile.drafters and any(path.stem == "02_train_drafters" for path in chosen):
+        raise UserError(f"profile {study.profile.name} has no drafter: add a table such as [drafters.eagle-ps]")
     if not chosen:
         study.check_files(only)
         if fresh:

@@ -40,7 +40,7 @@ import pandas as pd
 from psnb import manifest, profile
 from psnb.errors import UserError
 from psnb.manifest import digest, read_json, say
-from psnb.profile import FREE, FitSpec, Profile, nearest
+from psnb.profile import CHOICES, FREE, FitSpec, Profile, nearest
 
 if TYPE_CHECKING:
     import torch
@@ -396,7 +396,7 @@ class Study:
         spec = self.profile.data
         depends: list[Any] = [spec.source, spec.split, spec.packages, spec.held_out, self.profile.seed]
         if spec.source == "code":
-            installed = {d.name: d.version for d in importlib.metadata.distributions()}
+            installed = {d.name: d.version for d in importlib.metadata.distributions() if d.name}
             depends += [manifest.sha256_file(self.root / "constraints.txt"), sys.version, installed]
         else:
             depends += list(self._chat_files().values())
@@ -583,7 +583,7 @@ class Study:
             depends.insert(0, self.made("corpus")["sha256"]["held_out"])
         task = spec.held_out if spec.source != "code" else []
         if task:
-            installed = {d.name: d.version for d in importlib.metadata.distributions()}
+            installed = {d.name: d.version for d in importlib.metadata.distributions() if d.name}
             depends.insert(0, [task, manifest.sha256_file(self.root / "constraints.txt"), sys.version, installed])
 
         def make(folder: Path) -> dict[str, Any]:
@@ -622,6 +622,17 @@ class Study:
         """The target and the drafters: the names of checkpoints."""
         return ["target", *self.profile.drafters]
 
+    def chosen(self, methods: Sequence[str] = ()) -> list[str]:
+        """Of these drafters those that the profile has, of a kind's own name perhaps none; all where none is left.
+
+        Raises UserError for any other name.
+        """
+        there = list(self.profile.drafters)
+        for name in methods:
+            if name not in there and name not in CHOICES["kind"]:
+                raise UserError(f"profile {self.profile.name} has no drafter {name!r}; {nearest(name, there)}")
+        return [name for name in methods if name in there] or there
+
     def checkpoint(self, name: str) -> Path:
         """The folder of a model's weights: below the output folder if it is there, else as shipped."""
         own, shipped = (p / "results" / self.profile.name / "checkpoints" / name for p in (self.output, self.root))
@@ -638,7 +649,8 @@ class Study:
             return {**common, "target": _seen(self.profile.target)}
         spec = self.profile.drafters[name]
         warm = digest(self._spec(spec.warm_start)) if spec.warm_start else ""
-        return {**common, "drafter": _seen(spec), "target": self._target_id(), "warm_start": warm}
+        words = {"chat_template": own} if (own := self.profile.target.chat_template) else {}
+        return {**common, **words, "drafter": _seen(spec), "target": self._target_id(), "warm_start": warm}
 
     def _path(self) -> str:
         """The profile's target.path, a folder's from the project's folder (or from the one we are in).

@@ -74,6 +74,10 @@ class Target:
         self.hidden_size: int = model.config.hidden_size
         self.vocab_size: int = model.get_output_embeddings().weight.shape[0]
         self.eos_token_id: int | None = tokenizer.eos_token_id
+        more = getattr(model.generation_config, "eos_token_id", None)
+        ends = [self.eos_token_id, *(more if isinstance(more, list) else [more])]
+        # What ends a generation: the tokenizer's end token, and the checkpoint's own, such as a chat's end of turn
+        self.stop_tokens: tuple[int, ...] = tuple(dict.fromkeys(end for end in ends if end is not None))
         config = model.config
         limits = [config.max_position_embeddings]
         limits += filter(None, [getattr(config, "sliding_window", None)])  # within it, sliding attention is plain
@@ -92,11 +96,6 @@ class Target:
     @property
     def dtype(self) -> torch.dtype:
         return self.model.dtype
-
-    @property
-    def stop_tokens(self) -> tuple[int, ...]:
-        """What ends a generation: the end token, where there is one."""
-        return () if self.eos_token_id is None else (self.eos_token_id,)
 
     def features(
         self, ids: Tensor, position_ids: Tensor, mask: Mask, cache: Any = None, taps: Sequence[int] = ()
@@ -128,11 +127,23 @@ class Target:
         return self.model.get_input_embeddings()(ids)
 
 
+def check_attention(model: nn.Module) -> None:
+    """Raises `UserError` for a model whose layers keep more than the keys and values of each token.
+
+    A state that runs along the row would tell packed documents of each other, and could not be cut after a round.
+    """
+    kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if getattr(model, "_is_stateful", False) or kinds:
+        what = ", ".join(sorted(kinds)) or model.config.model_type
+        raise UserError(f"drafting needs plain attention in every layer, this target has {what}: use another")
+
+
 def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Target:
     """A target from a folder or a hub name.
 
     Raises `UserError` for a checkpoint that cannot be read, that lacks or exceeds tensors, that holds NaN, whose
-    tokenizer does not fit, or whose logits are not `lm_head` of its last hidden state.
+    tokenizer does not fit, that has other layers than attention, or whose logits are not `lm_head` of its last hidden
+    state.
     """
     there = Path(path).is_dir()
     cure = "restore the folder, or train it again" if there else "give a folder, or a hub name that can be fetched"
@@ -159,6 +170,7 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
             raise UserError(f"target {path}: {name} holds NaN or infinity; {cure}")
+    check_attention(model)
     target = Target(model.to(device), tokenizer)
     if len(tokenizer) > target.vocab_size:
         raise UserError(
@@ -172,8 +184,12 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
 @torch.inference_mode()
 def _check_projection(target: Target, path: str) -> None:
     ids = torch.arange(4, device=target.device)[None]
-    features = target.features(ids, torch.arange(4, device=target.device)[None], None)
-    if not torch.allclose(target.logits(features), target.model(input_ids=ids).logits, rtol=1e-2, atol=1e-2):
+    try:
+        logits = target.logits(target.features(ids, ids, None))
+    except Exception as error:  # a model of another build, of many kinds
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UserError(f"target {path} has no features as a decoder-only model has ({first}): use another") from error
+    if not torch.allclose(logits, target.model(input_ids=ids).logits, rtol=1e-2, atol=1e-2):
         raise UserError(f"target {path}: its logits are not lm_head of its last hidden state, which drafters rely on")
 
 

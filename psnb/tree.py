@@ -235,6 +235,11 @@ class BestFirst:
         return Shape(row.gather(-1, self.above[chosen]), depth, rank, mask)
 
 
+def most(k: int, beam: int = 8) -> int:
+    """Nodes of a dynamic tree of k levels, at most: `beam` below the root, then `beam` each of as many."""
+    return beam * (1 + (k - 1) * beam)
+
+
 class Plan:
     """How a draft is laid out, made once a generation: `plan(candidates)` builds the tree of a one-pass drafter.
 
@@ -272,9 +277,10 @@ class Plan:
             self.siblings = self.width
             self.builder = BestFirst(k, nodes, self.width, device, linked=width > 0)
         else:
-            most = self.beam * (1 + (k - 1) * self.beam)
-            if nodes > most:
-                raise UserError(f"a dynamic tree of k = {k} has at most {most} nodes, not {nodes}: raise k")
+            if nodes > most(k, self.beam):
+                raise UserError(
+                    f"a dynamic tree of k = {k} has at most {most(k, self.beam)} nodes, not {nodes}: raise k"
+                )
             self.nodes, self.width, self.siblings = nodes, self.beam, self.beam
         self.levels = self._levels() if self.shape else []
 

@@ -161,7 +161,13 @@ def test_what_cannot_be_served_is_refused_before_any_training(project):
     with pytest.raises(UserError, match="no chat template: give the profile the one"):
         study(project).drafter("eagle-ps")
     template = json.dumps(data.CHAT_TEMPLATE)
-    study(project, target=f"chat_template = {template}").drafter("eagle-ps")
+    own = study(project, target=f"chat_template = {template}")
+    own.drafter("eagle-ps")
+    assert own.ready("eagle-ps")  # and no longer where chats are written in another way
+    assert not study(project, target=f'chat_template = {template[:-1]} "').ready("eagle-ps")
+    with pytest.raises(UserError, match="profile mine has no drafter 'eagel-ps'; did you mean eagle-ps"):
+        own.chosen(["eagel-ps"])
+    assert own.chosen(["eagle", "eagle-ps"]) == own.chosen(["medusa"]) == ["eagle-ps"]
     with pytest.raises(UserError, match="responses 'targt'; did you mean target"):
         study(project, 'responses = "targt"')
 

@@ -40,7 +40,10 @@ def token_lists(*lists, **columns):
 # --- files and documents ------------------------------------------------------------------------------------------
 
 
-def test_environment_files_are_those_of_the_pins(tmp_path):
+def test_environment_files_are_those_of_the_pins(tmp_path, monkeypatch):
+    (tmp_path / "broken-1.0.dist-info").mkdir()  # an interrupted install leaves such a folder
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert None in [each.name for each in importlib.metadata.distributions()]
     version = importlib.metadata.version("attrs")
     pins = tmp_path / "constraints.txt"
     pins.write_text(f"# comment\nattrs=={version}\nJinja2==0.0.1+cpu ; python_version > '3'\nnot.There_x==1\npip==1\n")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import toys
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import MistralConfig, Qwen2Config
+from transformers import FalconConfig, MistralConfig, Qwen2Config
 
 from psnb import cache, decode, engine
 from psnb.cache import KVCache, StaticCache
@@ -382,6 +382,9 @@ def test_a_window_shorter_than_the_capacity_and_other_states_are_refused():
     for one in (scaled, by_kind):
         with pytest.raises(UserError, match="dynamic RoPE looks at the length"):
             Engine(one, None, settings)
+    falcon = {"multi_query": True, "alibi": False, "parallel_attn": True, "new_decoder_architecture": False}
+    with pytest.raises(UserError, match="2 key heads of 8 in every layer, this target has others: leave notebook 7"):
+        Engine(toys.target(cls=FalconConfig, **falcon), None, settings)
     crossed = toys.target()
     crossed.config.add_cross_attention = True
     with pytest.raises(UserError, match="decoder-only"):

@@ -13,6 +13,7 @@ from psnb import decode, measure
 from psnb.cache import KVCache
 from psnb.decode import Settings
 from psnb.errors import UserError
+from psnb.profile import DrafterSpec
 from psnb.verify import gumbel
 
 
@@ -26,9 +27,9 @@ def made():
     target = toys.target(torch.float64)
     drafters = {kind: toys.drafter(kind, target) for kind in ("eagle", "eagle-ps")}
     arms = measure.chains({"plain": [0], "hf_generate": [0], "eagle": [2], "eagle-ps": [1, 4]})
-    arms += measure.trees({"eagle": [[3, 8]], "eagle-ps": [[4, 8]]}) + [
-        measure.Arm("eagle", 2, "chain", 2, "rejection")
-    ]
+    specs = {name: drafter.spec for name, drafter in drafters.items()}
+    arms += measure.trees({"eagle": [[3, 8]], "eagle-ps": [[4, 8]]}, specs)
+    arms.append(measure.Arm("eagle", 2, "chain", 2, "rejection"))
     runs = measure.run(
         target, drafters, prompts(), arms=arms, temperatures=[0.0, 0.7], max_new_tokens=14, repeats=2,
         hf_prompts=1, seed=3,
@@ -161,10 +162,23 @@ def test_engines_of_a_gpu_are_compiled_as_asked(compiled, monkeypatch):
         return lambda method, prompt, settings: decode.autoregressive(of, prompt, settings)
 
     monkeypatch.setattr(measure, "Engines", engines)
+    monkeypatch.setattr(measure, "refuse", lambda target: None)
     target = SimpleNamespace(device=torch.device("cuda"), stop_tokens=(), context=99)
     budget = {"arms": measure.chains({"plain": [0]}), "temperatures": [0.7], "max_new_tokens": 8}
     runs = measure.run(target, {}, prompts(), compiled=compiled, **budget)
     assert made == [{"compile_layers": compiled, "length": 5 + 8}] and len(runs) == 4  # five tokens a prompt
+
+
+def test_on_a_gpu_the_engine_decodes_what_it_can(monkeypatch, capsys):
+    target = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr(measure, "refuse", lambda target: None)
+    assert measure.engine_plays(target) and not measure.engine_plays(SimpleNamespace(device=torch.device("cpu")))
+
+    def refuse(target):
+        raise UserError("it turns")
+
+    monkeypatch.setattr(measure, "refuse", refuse)
+    assert not measure.engine_plays(target) and "decoding without the engine: it turns" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -226,7 +240,7 @@ def test_slot_marginals_equal_full_enumeration():
 def test_marginals_draft_what_enumeration_drafts():
     """k = 2, seen and blind: exact marginals, the noise of the positions, and what plain decoding makes of it."""
     target, prompt = toys.target(torch.float64, vocab_size=13, eos_token_id=12), [3, 1, 4, 1, 5]
-    target.eos_token_id = None
+    target.stop_tokens = ()
     found = measure.marginals(target, [prompt], 2, temperature=0.4, samples=500, positions=8, seed=1)
     plain = decode.autoregressive(target, prompt, Settings(temperature=0.4, max_new_tokens=25, seed=1)).tokens
     text, wanted = prompt + plain, []
@@ -313,11 +327,13 @@ def test_one_prompt_has_no_interval():
 
 
 def test_trees_fit_the_drafters_there_are():
-    sizes = {"eagle": [[2, 8], [4, 16]], "eagle-ps": [[5, 8], [8, 16], [8, 32]], "medusa": [[2, 4]]}
-    assert len(measure.trees(sizes)) == 6
-    found = measure.trees(sizes, {"eagle-ps": 4, "medusa": 9, "other": 3})
+    """Drafters are known by their kind, whatever their name; a tree that is grown has 8 nodes at k = 1, 72 at 2."""
+    sizes = {"eagle": [[2, 8]], "eagle-ps": [[5, 8], [8, 16], [8, 32]], "mine": [[2, 4], [4, 99]], "short": [[4, 16]]}
+    specs = {"eagle-ps": ("eagle-ps", 4), "mine": ("eagle", 2), "short": ("eagle", 1), "other": ("medusa", 3)}
+    found = measure.trees(sizes, {name: DrafterSpec(kind=kind, k=k) for name, (kind, k) in specs.items()})
     shapes = [(arm.method, arm.k, arm.tree, arm.nodes) for arm in found]
-    assert shapes == [*(("eagle-ps", 4, "best_first", n) for n in (8, 16, 32)), ("medusa", 2, "best_first", 4)]
+    grown = [("mine", 2, "dynamic", 4), ("mine", 2, "dynamic", 72), ("short", 1, "dynamic", 8)]
+    assert shapes == [*(("eagle-ps", 4, "best_first", n) for n in (8, 16, 32)), *grown]
 
 
 def test_plain_decoding_in_float32_stands_beside_another_format():

@@ -126,6 +126,12 @@ def test_a_model_alone_needs_no_notebooks_tools(toy, monkeypatch):
         runner.run("toy.toml")
 
 
+def test_a_profile_without_drafters_is_refused_before_the_first_notebook(tmp_path):
+    (tmp_path / "bare.toml").write_text('title = "a"')
+    with pytest.raises(UserError, match="profile bare has no drafter: add a table such as"):
+        runner.run(str(tmp_path / "bare.toml"), output=tmp_path)
+
+
 def test_the_kinds_are_those_that_can_be_built():
     assert profile.CHOICES["kind"] == tuple(KINDS)
 
@@ -135,6 +141,10 @@ def test_a_file_of_ones_own(tmp_path, monkeypatch):
     found = profile.load(str(tmp_path / "mine.toml"))
     assert (found.name, found.notebooks) == ("mine", {"01_a": {"n": 2}})
     assert isinstance(found.drafters["x"].keep, float)
+    (tmp_path / "other.toml").write_text('name = "embedded"\ntitle = "a"')  # whose results it would write
+    with pytest.raises(UserError, match="profile other: name = 'embedded'; a profile is named as its file is"):
+        profile.load(str(tmp_path / "other.toml"))
+    (tmp_path / "other.toml").unlink()
     with pytest.raises(UserError, match="does not exist; profiles that come with psnb: embedded, h200"):
         profile.load(str(tmp_path / "other.toml"))
     monkeypatch.chdir(tmp_path)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import toys
+from transformers import MistralConfig
 
 from psnb import data, respond
 from psnb.errors import UserError
@@ -45,7 +46,7 @@ def test_cuts_find_prefixes_and_last_answers():
 
 def test_rows_are_answered_in_place_and_end_where_the_target_ends():
     target = toys.target(torch.float64)
-    target.eos_token_id = 7
+    target.stop_tokens = (7, 999)
     rows = toys.rows(5, 40)
     made = respond.respond(target, rows, 4, 1.0, seed=5, size=3)
     assert set(made.column_names) == {"input_ids", "document", "loss_mask"}
@@ -73,6 +74,29 @@ def test_rows_are_answered_in_place_and_end_where_the_target_ends():
         else:
             assert tuple(prompt) not in found
     assert 0 < ended < len(prompts) and len(found) > 4
+
+
+def test_the_first_of_several_end_tokens_ends():
+    target = toys.target(torch.float64)
+    how = {"new": 36, "length": 40, "temperature": 1.0, "seed": 5}
+    target.stop_tokens = ()
+    whole = respond.write(target, [[1, 2, 3, 4]], [0], **how)[0]
+    target.stop_tokens = (whole[9], whole[6])
+    end = min(whole.index(token) for token in target.stop_tokens)
+    assert respond.write(target, [[1, 2, 3, 4]], [0], **how)[0] == whole[: end + 1] and len(whole) == 36
+
+
+def test_rows_as_long_as_a_sliding_window_are_answered():
+    """Prompts of 2 and 8 tokens at once: the padded ones reach beyond the window, where nothing of use lies."""
+    texts, ids = {}, torch.arange(48).reshape(2, 24)
+    mask = torch.zeros(2, 24, dtype=torch.long)
+    mask[0, 2:], mask[1, 8:] = 1, 1
+    rows = {"input_ids": ids, "document": torch.zeros_like(ids), "loss_mask": mask}
+    for window in (None, 24):
+        target = toys.target(torch.float64, cls=MistralConfig, sliding_window=window)
+        texts[window] = respond.respond(target, rows, 4, 1.0, seed=1)["input_ids"]
+        assert target.config.sliding_window == window
+    assert texts[None] == texts[24]
 
 
 def test_rows_that_cannot_be_answered_are_refused():

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 import toys
 from safetensors.torch import load_file, save_file
-from transformers import GraniteConfig, Qwen2Config
+from transformers import GraniteConfig, Lfm2Config, Qwen2Config
 
 from psnb import fit, groups, target
 from psnb.errors import UserError
@@ -75,6 +75,25 @@ def test_logits_that_are_not_a_plain_projection_are_refused(tmp_path):
     made.tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="not lm_head of its last hidden state"):
         target.load(tmp_path)
+
+
+def test_layers_with_a_state_are_refused(tmp_path):
+    """A convolution tells packed documents of each other."""
+    made = toys.target(cls=Lfm2Config, layer_types=["conv", "full_attention"])
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="plain attention in every layer, this target has conv: use another"):
+        target.load(tmp_path)
+
+
+@pytest.mark.parametrize("ends", [[7, toys.VOCAB - 1], 7])
+def test_a_text_ends_where_the_checkpoint_says(ends, tmp_path):
+    made = toys.target()
+    assert made.stop_tokens == (toys.VOCAB - 1,)
+    made.model.generation_config.eos_token_id = ends
+    made.model.save_pretrained(tmp_path)
+    made.tokenizer.save_pretrained(tmp_path)
+    assert target.load(tmp_path).stop_tokens == (toys.VOCAB - 1, 7)
 
 
 def test_token_loss_counts_each_document_alone():
