@@ -425,11 +425,17 @@ def against_k(summary: pd.DataFrame, model: pd.DataFrame | None = None, **where:
 
 @_themed
 def against_nodes(summary: pd.DataFrame, **where: Any) -> Figure:
-    """tokens_per_step and speedup against the nodes of a draft: trees with intervals, chains (k nodes) dotted."""
+    """tokens_per_step and speedup against the nodes of a draft: trees with intervals, chains (k nodes) dotted.
+
+    Of several trees of a method with as many nodes (other depths) the fastest is shown.
+    """
     figure, axes = _axes(2, width=4.6)
+    found = with_k(pick(summary, ["tokens_per_step", "speedup_vs_plain"], **where))
+    found, draft = found[found.k > 0], ["method", "tree", "nodes", "k"]
+    fastest = pick(found, "speedup_vs_plain").sort_values("value").drop_duplicates(draft[:3], keep="last")
+    found = found.merge(fastest[draft], on=draft)
     for ax, metric in zip(axes[0], ("tokens_per_step", "speedup_vs_plain"), strict=False):
-        rows = with_k(pick(summary, metric, **where))
-        rows = rows[rows.k > 0]
+        rows = pick(found, metric)
         _lines(ax, rows[rows.tree != "chain"], "nodes", "value")
         chains = rows[rows.tree == "chain"]
         for method, style in _style(order(rows.method)).items():
@@ -452,6 +458,7 @@ def tree_kinds(summary: pd.DataFrame, **where: Any) -> Figure:
         part = rows[rows.method == method]
         part = part.assign(method=part.tree.replace("", "chain")).sort_values("nodes")
         _lines(ax, part, "nodes", "value", dodge=0.3)
+        ax.set_xticks(sorted(part.nodes.unique()))
         ax.set(title=method, xlabel="drafted nodes N", ylabel=LABELS["tokens_per_step"] if ax is axes[0] else "")
     _legend_right(axes[-1], *axes[:-1])
     return figure
@@ -536,8 +543,9 @@ def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
     """What one round costs, in milliseconds by part, and how many tokens it yields; one bar a method and shape.
 
     Where a round is one CUDA graph its parts are not known apart, and it is one bar. Where the parts were timed alone
-    and the whole round too (`round_ms`), a mark shows the whole, and the time of a token is its. A part of less than
-    half a percent of every round is drawn, but not named.
+    and the whole round too (`round_ms`), a mark shows the whole. The time of a token is that of the whole generation: a
+    text's last round counts whole in the tokens of a round, but not all of them are kept. A part of less than half a
+    percent of every round is drawn, but not named.
     """
     summary, shape = with_k(summary), ["method", "k", "tree", "nodes"]
     rows = pick(summary, list(PARTS), task="all", temperature=temperature)
@@ -547,7 +555,8 @@ def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
         table = table.rename(columns={"verify": WHOLE})
     table = table.loc[:, table.any()]
     table = table.loc[[i for m in order(table.index.get_level_values(0)) for i in table.index if i[0] == m]]
-    of_round = pick(summary, ["tokens_per_step", "round_ms"], task="all", temperature=temperature)
+    metrics = ["tokens_per_step", "round_ms", "tokens_per_second"]
+    of_round = pick(summary, metrics, task="all", temperature=temperature)
     known = of_round.groupby(["metric", *shape]).value.mean()
     figure, axes = _axes(1, width=8, height=0.45 * len(table) + 1.3)
     ax, left, total = axes[0, 0], np.zeros(len(table)), table.sum(axis=1).to_numpy()
@@ -568,7 +577,8 @@ def cost_split(summary: pd.DataFrame, temperature: float) -> Figure:
     for y, index in enumerate(table.index):
         each, ms = known.get(("tokens_per_step", *index), 1.0), total[y] if whole[y] is None else whole[y]
         if ms:
-            text = f"  {each:.2f} tokens: {ms / each:.2f} ms a token"
+            rate = known.get(("tokens_per_second", *index), 1e3 * each / ms)
+            text = f"  {each:.2f} tokens; {1e3 / rate:.2f} ms a token"
             texts.append(ax.text(max(ms, total[y]), y, text, va="center", fontsize=8))
     ax.invert_yaxis()
     ax.set(xlabel="time of one round (ms)", xlim=(0, 1.5 * total.max()))
@@ -607,10 +617,11 @@ def against_tokens(frames: dict[str, pd.DataFrame], goal: float) -> Figure:
     """Speedup as a function of tokens_per_step, a panel a shape (`cost.speeds` at batch 1); dots: what was recorded."""
     figure, axes = _panels(frames, width=4.2 * len(frames) + 2.6, height=3.6, sharey=True)
     for ax, (name, frame) in zip(axes, frames.items(), strict=False):
-        for label, part, look in _ways(frame[(frame.batch == 1) & (frame.k > 0)]):
-            line = part.iloc[0]
+        ways = list(_ways(frame[(frame.batch == 1) & (frame.k > 0)]))
+        for i, (label, part, look) in enumerate(ways):
+            line, width = part.iloc[0], len(ways) + 0.5 - i  # so that of two alike both are seen
             slope, most = line.speedup / line.tokens_per_step, line.k + 1
-            ax.plot([1, most], [slope, slope * most], **{**look, "marker": ""})
+            ax.plot([1, most], [slope, slope * most], **{**look, "marker": "", "lw": width})
             ax.plot(line.tokens_per_step, line.speedup, **look, label=label)
         ax.axhline(goal, color="#4d4d4d", lw=1, ls=":", label=f"{goal:g}: the paper's")
         label = LABELS["speedup_vs_plain"] if ax is axes[0] else ""
@@ -784,9 +795,10 @@ def recipe(trainings: pd.DataFrame) -> Figure:
         part = trainings[trainings.batch == batch]
         places = {variant: i for i, variant in enumerate(dict.fromkeys(part.variant))}
         y = part.variant.map(places)
-        ax.errorbar(
-            part.tokens_per_step, y, xerr=_interval(part, "tokens_per_step"), fmt="o", color="#08519c", capsize=3
-        )
+        for variant, own in part.groupby("variant"):  # a drafter's own colour, else that of `recipe.BASE`
+            colour, marker = STYLES.get(variant, STYLES["eagle-ps"])[:2]
+            lengths = _interval(own, "tokens_per_step")
+            ax.errorbar(own.tokens_per_step, y[own.index], xerr=lengths, fmt=marker, color=colour, capsize=3)
         if (base := part[part.variant == "base"].tokens_per_step).size:
             ax.axvline(base.mean(), color="#808080", ls=":")
         ax.set(yticks=list(places.values()), yticklabels=list(places), title=batch, ylim=(-0.6, len(places) - 0.4))

@@ -224,6 +224,20 @@ def shapes(summary: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(table).fillna("")
 
 
+def _batched(summary: pd.DataFrame) -> str:
+    """What the drafters are worth in larger batches: the range over the larger shapes, by batch and method."""
+    rows = pick(summary, "speedup_vs_plain", stage=COST)
+    names = rows.task.str.extract(r"(?P<shape>.+) x (?P<batch>\d+)$")
+    rows = rows.assign(batch=names.batch.astype(float), shape=names["shape"])
+    rows = rows[(rows.batch > 1) & ~rows.method.isin(BASELINES) & (rows["shape"] + " x 1").isin(LARGE)]
+    said = []
+    for batch, part in rows.groupby("batch"):
+        ends = part.groupby("method").value.agg(["min", "max"])
+        each = ", ".join(f"`{m}` {ends['min'][m]:.2f} to {ends['max'][m]:.2f}" for m in order(ends.index))
+        said.append(f"at batch {batch:.0f}, over the shapes: {each}")
+    return "; ".join(said)
+
+
 def notes(summary: pd.DataFrame, runs: pd.DataFrame | None = None) -> list[str]:
     """What must be known to read `headline`: prompts, baselines, and how much plain decoding repeats itself.
 
@@ -235,12 +249,17 @@ def notes(summary: pd.DataFrame, runs: pd.DataFrame | None = None) -> list[str]:
     speeds = pick(rows, "speedup_vs_plain")
     said = [
         f"Speedups are ratios of total tokens per decode second, with 95 % bootstrap intervals over "
-        f"{'the' if speeds.empty else f'{speeds.n.max():.0f}'} prompts; each drafter has one draft, its best over the "
-        "temperatures: k tokens in a row, or a tree of so many nodes, k deep.",
-        "*x plain* is against plain decoding in the same engine; tokens per step counts the target's own token.",
+        f"{'the' if speeds.empty else f'{speeds.n.max():.0f}'} prompts. Each drafter has one draft: k tokens in a row, "
+        f"or a tree of so many nodes, k deep{_chosen(summary)}.",
+        "*x plain* is against plain decoding in the same engine; tokens per step counts the target's own token, and a "
+        "text's last round whole.",
     ]
-    if (rows.method == PLAIN32).any():
-        said.append(f"`{PLAIN32}` is plain decoding in float32, in which this machine may be faster at single tokens.")
+    heat = nearest(summary)
+    wide = value(rows, "speedup_vs_plain", PLAIN32, temperature=heat)
+    if wide is not None:
+        text = f"`{PLAIN32}` is plain decoding in float32, {wide:.2f} times as fast at T = {heat:g}"
+        speed = value(rows, "speedup_vs_plain", "eagle-ps", temperature=heat)
+        said.append(f"{text}; against it `eagle-ps` is {speed / wide:.2f} x." if speed else f"{text}.")
     few = pick(rows, "tokens_per_second", method="hf_generate").n.max()
     if not pd.isna(few):
         said.append(f"*x generate* is against `transformers`' `generate`, on {few:.0f} prompts.")
@@ -259,15 +278,43 @@ def notes(summary: pd.DataFrame, runs: pd.DataFrame | None = None) -> list[str]:
     return said
 
 
+def _chosen(summary: pd.DataFrame) -> str:
+    """Where a drafter's draft was chosen, and among how many."""
+
+    def drafts(stage: str) -> pd.Series:
+        rows = with_k(pick(summary, "tokens_per_step", stage=stage, task="all"))
+        rows = rows[rows.k > 0].drop_duplicates(["method", "k", "tree", "nodes"])
+        return rows.groupby("method").size()
+
+    here, before = drafts(SPEEDUP), drafts(LENGTHS)
+    if (here > 1).any():
+        which, tried = "the fastest over the temperatures", here
+    elif (before > 1).any():
+        heat = pick(summary, "tokens_per_step", stage=LENGTHS).temperature.max()
+        which, tried = f"the fastest of notebook 3's at T = {heat:g}", before
+    else:
+        return ""
+    of = ", ".join(f"`{method}` {tried[method]}" for method in order(here.index) if method in tried)
+    return f" ({which}; tried were, of {of})"
+
+
 def drafting(summary: pd.DataFrame) -> pd.DataFrame:
-    """How drafting time grows: method, shortest and longest draft length, draft_ms at both, their ratio."""
+    """How drafting time grows: method, shortest and longest draft length, draft_ms at both, their ratio.
+
+    in_rounds: the ratio within the rounds of whole generations, where they were timed by part: there a drafter also
+    reads what the round before accepted, which is more in longer drafts.
+    """
     rows = pick(with_k(summary), "draft_ms", stage=DRAFT_TIMES).sort_values("k")
+    whole = pick(with_k(summary), "draft_ms", stage=LENGTHS, task="all", tree="chain").set_index(["method", "k"]).value
     table = []
     for method in order(rows.method):
         own = rows[rows.method == method]
         first, last = own.iloc[0], own.iloc[-1]
-        table.append((method, first.k, last.k, first.value, last.value, last.value / first.value))
-    return pd.DataFrame(table, columns=["method", "k_min", "k_max", "ms_at_k_min", "ms_at_k_max", "ratio"])
+        inside = ratio(*(whole.get((method, k)) for k in (last.k, first.k)))
+        table.append((method, first.k, last.k, first.value, last.value, last.value / first.value, inside))
+    columns = ["method", "k_min", "k_max", "ms_at_k_min", "ms_at_k_max", "ratio", "in_rounds"]
+    made = pd.DataFrame(table, columns=columns)
+    return made if made.in_rounds.notna().any() else made.drop(columns="in_rounds")
 
 
 def lossless(summary: pd.DataFrame) -> pd.DataFrame:
@@ -500,8 +547,8 @@ def split(summary: pd.DataFrame, method: str, other: str, temperature: float = M
     first, second = (f" ({cost})" if apart else "" for cost in costs)
     return (
         f"{names[method]} runs at {speed:.2f}x the speed of {names[other]} at T = {temperature:g}: a round yields "
-        f"{tokens[method]:.2f} tokens against {tokens[other]:.2f} and costs {rounds[method]:.2f} ms{first} "
-        f"against {rounds[other]:.2f} ms{second}."
+        f"{tokens[method]:.2f} tokens against {tokens[other]:.2f} (a text's last round counted whole) and costs "
+        f"{rounds[method]:.2f} ms{first} against {rounds[other]:.2f} ms{second}."
     )
 
 
@@ -603,6 +650,9 @@ def _drafting_claim(summary: pd.DataFrame, gpu: bool) -> Claim:
     growth, expected = drafting(summary).set_index("method"), drafting_goals(summary, gpu)
     shown = [m for m, goal in expected.items() if goal[3]]
     text = "; ".join(f"{m}: {growth.ratio[m]:.2f}x from k = {growth.k_min[m]} to {growth.k_max[m]}" for m in shown)
+    if "in_rounds" in growth and (inside := growth.in_rounds[shown].dropna()).size:
+        whole = ", ".join(f"{m} {grown:.2f}x" for m, grown in inside.items())
+        text += f" (the draft alone; in whole generations, where a drafter also reads what was accepted last: {whole})"
     held = {m: met(*goal[1:]) for m, goal in expected.items()}
     parts = [f"{m} {sign} {bound:.3g}: {held[m]}" for m, (_, sign, bound, _) in expected.items()]
     said = set(held.values())
@@ -790,11 +840,12 @@ def readme_block(summary: pd.DataFrame, facts: dict[str, Any], profile: str, run
     Where the speedup notebook was not run, what the larger shapes would make of recorded rounds.
     """
     if best(summary).empty:
-        said = (
-            "Random weights; decisions are those that a trained model's rounds recorded, so this is the latency of a "
-        )
-        said += "shape at that acceptance, not the quality of a model. Batch 1."
-        return f"{markdown(shapes(summary))}\n\n{said} Measured: {where(facts)}."
+        said = [
+            "Random weights; decisions are those that a trained model's rounds recorded, so this is the latency of a",
+            "shape at that acceptance, not the quality of a model. Drafts are those that were fastest with that model,",
+            f"whose steps are shorter. Batch 1; *x plain* {_batched(summary)}. Measured: {where(facts)}.",
+        ]
+        return f"{markdown(shapes(summary))}\n\n{' '.join(said)}"
     text = asked((facts.get("settings") or {}).get("data", {}))
     return "\n\n".join(
         (

@@ -259,7 +259,7 @@ def test_lossless_counts(summary):
 def test_split_multiplies_out(summary):
     text = report.split(summary, "eagle-ps", "eagle")
     speed, *tokens = map(
-        float, re.search(r"runs at ([\d.]+)x.*yields ([\d.]+) tokens against ([\d.]+) and", text).groups()
+        float, re.search(r"runs at ([\d.]+)x.*yields ([\d.]+) tokens against ([\d.]+) [(].* costs", text).groups()
     )
     rounds = [float(x) for x in re.findall(r"([\d.]+) ms \(", text)]
     assert speed == pytest.approx(tokens[0] / tokens[1] * rounds[1] / rounds[0], abs=0.02)
@@ -523,19 +523,20 @@ def test_cost_split_shows_the_whole_round(summary):
         "host_ms": 1e-4,
         "round_ms": 6.0,
         "tokens_per_step": 2.0,
+        "tokens_per_second": 320.0,  # of the last round not all was kept
     }
     row = {"method": "eagle-ps", "tree": "chain", "k": 4, "nodes": 4, "task": "all", "temperature": 0.7}
     frame = report.rows("07_cost", [{**row, "metric": m, "value": v, "n": 1} for m, v in parts.items()])
     figure = plots.cost_split(frame, 0.7)
     (ax,) = figure.axes
-    assert [text.get_text().strip() for text in ax.texts] == ["2.00 tokens: 3.00 ms a token"]
+    assert [text.get_text().strip() for text in ax.texts] == ["2.00 tokens; 3.12 ms a token"]
     assert {text.get_text() for text in ax.get_legend().get_texts()} == {"whole round", "draft", "verify", "walk"}
     figure.draw_without_rendering()
     assert ax.texts[0].get_window_extent().x1 <= ax.bbox.x1 + 1
     speedup = plots.cost_split(summary[summary.stage == "04_speedup"], 0.7).axes[0]  # the parts are the round
     assert "whole round" not in [text.get_text() for text in speedup.get_legend().get_texts()]
     shown = next(text.get_text() for text in speedup.texts if text.get_position()[1] == 0)
-    assert shown.strip() == "1.00 tokens: 7.80 ms a token"
+    assert shown.strip() == "1.00 tokens; 7.81 ms a token"
 
 
 def test_draft_tree_shows_spaces_and_slots():
