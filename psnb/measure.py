@@ -215,7 +215,11 @@ def run(
     runs on the first `hf_prompts` of each family (None: all). `engines` decode in place of `decode`; on a GPU they are
     made where none are given, `compiled` or not: compiling takes seconds a way of decoding, and saves time alone.
     `wide` is the target in float32, which the method `plain_float32` asks for.
+    Raises UserError where there is nothing to generate.
     """
+    for name, count in {"temperatures": len(temperatures), "prompts": len(prompts), "repeats": repeats}.items():
+        if count < 1:
+            raise UserError(f"{label}: there are no {name}, so nothing to generate: give one at least")
 
     def one(arm: Arm, prompt: Sequence[int], settings: Settings) -> Generation:
         if arm.method == PLAIN32 and wide is not None:
@@ -644,9 +648,14 @@ def draft_times(
 
     Two new real rows a draft, as after a round that accepted one token; medians with bootstrap intervals, all arms
     interleaved. Includes the choice of the tokens. On a GPU the draft is the engine's, a graph with k + 1 real rows,
-    where it decodes (`engine_plays`).
+    where it decodes (`engine_plays`). Raises UserError where no drafter drafts that many tokens.
     """
     arms = [(name, k) for name, drafter in drafters.items() for k in ks if k <= drafter.k]
+    if not arms or min(ks) < 1:
+        most = max((drafter.k for drafter in drafters.values()), default=0)
+        raise UserError(
+            f"draft lengths {list(ks)}: give lengths from 1 to {most}, what these drafters were trained for"
+        )
     if engine_plays(target):
         prompt, taken = torch.arange(context).remainder(target.vocab_size).tolist(), {}
         prompts = Prompts(target)

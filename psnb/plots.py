@@ -795,8 +795,8 @@ def recipe(trainings: pd.DataFrame) -> Figure:
         part = trainings[trainings.batch == batch]
         places = {variant: i for i, variant in enumerate(dict.fromkeys(part.variant))}
         y = part.variant.map(places)
-        for variant, own in part.groupby("variant"):  # a drafter's own colour, else that of `recipe.BASE`
-            colour, marker = STYLES.get(variant, STYLES["eagle-ps"])[:2]
+        for variant, own in part.groupby("variant"):  # `medusa-ps, warm start` has its drafter's look
+            colour, marker = STYLES.get(variant.split(",")[0], STYLES["eagle-ps"])[:2]
             lengths = _interval(own, "tokens_per_step")
             ax.errorbar(own.tokens_per_step, y[own.index], xerr=lengths, fmt=marker, color=colour, capsize=3)
         if (base := part[part.variant == "base"].tokens_per_step).size:

@@ -1,5 +1,6 @@
 """Measuring against numbers computed by hand; losslessness with planted faults."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -151,6 +152,16 @@ def test_unknown_methods_are_refused():
     target = toys.target()
     with pytest.raises(UserError, match="unknown method 'eagel'; did you mean eagle"):
         measure.generate(target, {"eagle": None}, "eagel", [1], Settings())
+
+
+def test_nothing_to_measure_is_refused():
+    target = toys.target()
+    budget = {"arms": measure.chains({"plain": [0]}), "max_new_tokens": 4}
+    with pytest.raises(UserError, match="speedup: there are no temperatures"):
+        measure.run(target, {}, prompts(), temperatures=[], label="speedup", **budget)
+    for ks in ([16], [0, 2]):
+        with pytest.raises(UserError, match=rf"draft lengths {re.escape(str(ks))}: give lengths from 1 to {toys.K}"):
+            measure.draft_times(target, {"eagle": toys.drafter("eagle", target)}, ks)
 
 
 @pytest.mark.parametrize("compiled", [True, False])
