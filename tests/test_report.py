@@ -740,6 +740,41 @@ def test_the_larger_shapes_stand_in_a_table_of_their_own():
         "| plain |  | 1.00 | 4.00 | 1.00 | 8.00 | 1.00 |",
         "| eagle | dynamic 63 (k = 4) | 3.90 | 6.00 | 2.60 | 6.00 | 5.20 |",
     ]
+    assert "Batch 1; *x plain* at batch 8, over the shapes: `eagle` 3.25 to 3.25. Measured" in table[-1]
+
+
+def test_a_headline_tells_how_its_drafts_were_chosen(summary):
+    """Notebook 4 timed several of a method, or one that notebook 3 had found among several."""
+    tried = summary[(summary.stage == "04_speedup") & (summary.k > 0)].groupby("method").k.nunique()
+    text = report.notes(summary)[0]
+    assert tried.max() > 1 and "(the fastest over the temperatures; tried were, of " in text
+    assert all(f"`{method}` {count}" in text for method, count in tried.items())
+    best = report.best(summary)
+    before = summary[(summary.stage == "03_draft_length") & (summary.k > 0)].groupby("method").k.nunique()
+    text = report.notes(pd.concat([best, summary[summary.stage == "03_draft_length"]]))[0]
+    assert f"(the fastest of notebook 3's at T = 0.7; tried were, of `eagle` {before['eagle']}, " in text
+    assert "tried were" not in report.notes(best)[0]
+
+
+def test_drafting_within_rounds_stands_beside_the_draft_alone(summary):
+    """As they are made here a draft in a round takes as long as alone; then one of them twice as long."""
+    growth = report.drafting(summary).set_index("method")
+    assert growth.in_rounds.to_dict() == pytest.approx(growth.ratio.to_dict())
+    eagle = (summary.stage == "03_draft_length") & (summary.method == "eagle") & (summary.k == growth.k_max["eagle"])
+    slow = summary.assign(value=summary.value.where(~(eagle & (summary.metric == "draft_ms")), 2 * summary.value))
+    changed = report.drafting(slow).set_index("method")
+    assert changed.in_rounds["eagle"] == pytest.approx(2 * growth.ratio["eagle"])
+    assert "in_rounds" not in report.drafting(summary[summary.stage == "03_draft_times"])
+
+
+def test_of_trees_of_one_size_the_fastest_is_drawn():
+    made = []
+    for k, steps, speed in ((3, 3.5, 1.6), (4, 4.1, 1.4)):
+        row = {"method": "eagle", "tree": "dynamic", "k": k, "nodes": 63, "task": "all", "temperature": 0.7}
+        for metric, at in (("tokens_per_step", steps), ("speedup_vs_plain", speed)):
+            made.append({**row, "metric": metric, "value": at, "low": at - 0.1, "high": at + 0.1, "n": 5})
+    left, right = plots.against_nodes(report.rows("03_draft_length", made), task="all").axes
+    assert [list(ax.lines[0].get_ydata()) for ax in (left, right)] == [[3.5], [1.6]]
 
 
 @pytest.mark.parametrize(
