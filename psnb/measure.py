@@ -77,8 +77,12 @@ def trees(sizes: dict[str, list[list[int]]], specs: dict[str, DrafterSpec]) -> l
     """Arms of the drafters' own best trees, [depth k, nodes N] by name: of kind `eagle` they are grown, else known.
 
     specs: the drafters that there are; none drafts deeper than its k, and no grown tree has more nodes than it can.
+    Raises UserError for what is no pair of numbers above 0.
     """
     found = []
+    for name, pairs in sizes.items():
+        if not all(isinstance(pair, list) and len(pair) == 2 and min(pair) >= 1 for pair in pairs):
+            raise UserError(f"trees of {name}: {pairs}; give pairs [depth, nodes] of 1 or more, such as [[5, 8]]")
     for name, pairs in sizes.items():
         if (spec := specs.get(name)) is None:
             continue

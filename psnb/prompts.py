@@ -293,13 +293,15 @@ def question_prompts(
         raise UserError(f"{path}: not readable ({error.strerror}); give Spec-Bench's question.jsonl") from error
     for where, record in lines:
         try:
-            content, category = record["turns"][0], str(record["category"])
-            if not isinstance(content, str):
+            turns, category = record["turns"], str(record["category"])
+            if not (isinstance(turns, list) and isinstance(content := turns[0], str) and content.strip()):
                 raise TypeError
         except (KeyError, IndexError, TypeError):
             raise UserError(
                 f'{where}: not a question {{"question_id": ..., "category": ..., "turns": [...]}}; convert it'
             ) from None
+        if category == "all":
+            raise UserError(f"{where}: category 'all' is what is measured over all prompts; rename it")
         family = "mt_bench" if category in MT_BENCH else category
         name = str(record.get("question_id", where.rsplit(":", 1)[1]))
         found.append((family, Path(path).name, name, [{"role": "user", "content": content}]))

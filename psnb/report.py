@@ -181,7 +181,8 @@ def _heats(them: Sequence[float]) -> str:
 
 
 def _spread(row: Sequence[float]) -> str:
-    return f"{row[0]:.2f} ({row[1]:.2f} to {row[2]:.2f})"
+    """The interval too, where there is one."""
+    return f"{row[0]:.2f} ({row[1]:.2f} to {row[2]:.2f})" if row[1] < row[2] else f"{row[0]:.2f}"
 
 
 def headline(summary: pd.DataFrame) -> pd.DataFrame:
@@ -812,10 +813,12 @@ def marks(profile: str) -> tuple[str, str]:
 
 def asked(data: dict[str, Any]) -> str:
     """What the prompts of a profile's [data] are, in words."""
-    if data.get("source", "code") == "code":
-        return "held-out code"
-    first = f"the questions of {Path(data['questions']).name}" if data.get("questions") else "held-out text"
-    return f"{first} and held-out code" if data.get("held_out") else first
+    code = data.get("source", "code") == "code"
+    if data.get("questions"):
+        first = f"the questions of {Path(data['questions']).name}"
+    else:
+        first = "held-out code" if code else "held-out text"
+    return f"{first} and held-out code" if data.get("held_out") and not code else first
 
 
 def setting(facts: dict[str, Any]) -> str:

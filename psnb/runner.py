@@ -273,7 +273,7 @@ def run(
         elif only is None:
             study.once("report", "reused")
         there = study.manifest.read()["stages"].keys() >= notebooks(study).keys()
-        study.manifest.finish("complete" if there and not study.elsewhere() else "partial")
+        study.manifest.finish("complete" if there and not (study.elsewhere() or study.stale()) else "partial")
     except BaseException as error:
         if stopped := isinstance(error, KeyboardInterrupt):
             logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # tasks of the notebook's client, left behind

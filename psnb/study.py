@@ -56,7 +56,7 @@ TRAINED_ON = ("source", "split", "packages", "held_out", "vocab_size", "length")
 ANSWERED = ("responses", "prefix", "response_temperature", "response_rows")  # what drafters' weights depend on beside
 MEASURING = (  # the sources that a measured number comes from
     *("joined.py", "target.py", "groups.py", "drafters/*.py", "cache.py", "tree.py", "verify.py", "decode.py"),
-    "measure.py",
+    *("engine.py", "measure.py", "cost.py"),
 )
 TOKENIZER_BYTES = 60_000_000  # of text that a tokenizer is trained on
 CHATS = (".jsonl", ".jsonl.xz")  # files of chats; any other source is a hub data set
@@ -139,6 +139,7 @@ class Study:
     launch: Callable[[str, Path], None] | None = None  # trains a model into a folder elsewhere (see runner.train)
     asked: str = ""  # the profile as it was named: its name, or a .toml file
     quiet: bool = False  # of what is reused: another process has told
+    origin: Study | None = None  # of `computing_in`: the study as its profile has it, which trains
     _loaded: dict[str, Any] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
     _making: list[str] = field(default_factory=lambda: [os.environ.get("PSNB_NOTEBOOK", "")])  # outermost first
@@ -199,7 +200,8 @@ class Study:
         """This study in that number format."""
         if dtype == self.profile.dtype:
             return self
-        return dataclasses.replace(self, profile=dataclasses.replace(self.profile, dtype=dtype), _loaded={})
+        profile = dataclasses.replace(self.profile, dtype=dtype)
+        return dataclasses.replace(self, profile=profile, origin=self.origin or self, _loaded={})
 
     def fastest(self) -> Study:
         """This study in the number format that its machine is fastest in, on a CPU by measurement.
@@ -330,6 +332,7 @@ class Study:
             "at": manifest.now(),
             "seconds": round(time.monotonic() - began, 2),
             "machine": manifest.machine_name(self.machine),
+            "text": digest(self.text()),
             "inputs": self._inputs(),
             "sha256": manifest.sha256_file(artefact),
             **facts,
@@ -595,6 +598,8 @@ class Study:
             else:
                 made, facts = prompts.chat_prompts(held_out, tokenizer, *depends[-1])
             if task:
+                if "code" in made["family"]:
+                    raise UserError(f"{spec.questions}: category 'code' is what held-out code is called; rename it")
                 files = data.environment_files(self.root / "constraints.txt")
                 code = data.code_corpus(files, task, train=False)["held_out"]
                 made = concatenate_datasets([made, prompts.code_task(code, tokenizer, *depends[-1])])
@@ -679,7 +684,8 @@ class Study:
 
             try:
                 if Path(path).is_dir():
-                    files = [p for kind in ("*.safetensors", "*.bin", "config.json") for p in Path(path).glob(kind)]
+                    kinds = ("*.safetensors", "*.bin", "config.json", "generation_config.json", "tokenizer_config.json")
+                    files = [p for kind in kinds for p in Path(path).glob(kind)]
                     own = digest({p.name: manifest.sha256_file(p) for p in files})
                 else:
                     own = AutoConfig.from_pretrained(path)._commit_hash
@@ -882,7 +888,7 @@ class Study:
         if name not in self._loaded or name in self.fresh:
             if spec.warm_start and not self.ready(name):
                 self.drafter(spec.warm_start)
-            folder = self._trained(name)
+            folder = (self.origin or self)._trained(name)  # in the profile's own format, whoever asks
             self._loaded[name] = self._load(name, lambda: drafters.load(folder, target))
         return self._loaded[name]
 
@@ -998,6 +1004,16 @@ class Study:
         told = {name: f.get("machine", here) for name, f in self._kept().get("stages", {}).items()}
         return {name: machine for name, machine in told.items() if name in self.notebooks and machine != here}
 
+    def stale(self) -> list[str]:
+        """Notebooks, but for the report, run here with another profile, other weights or prompts than there are now."""
+        now, text, found = self._inputs(), digest(self.text()), []
+        for name in [*self.notebooks][:-1]:
+            record = read_json(self.record(name))
+            same = all(now.get(key) == value for key, value in record.get("inputs", {}).items())
+            if not same or record.get("text", text) != text:
+                found.append(name)
+        return found
+
     def facts(self) -> dict[str, Any]:
         """What the manifest says of stages, data and checkpoints: their records, and what it says of others."""
         folders = {path.parent.name: read_json(path) for path in sorted(self.cache.glob("*/stage.json"))}
@@ -1008,6 +1024,7 @@ class Study:
         warnings = [f"installed versions differ from the pins: {mismatched}" if mismatched else ""]
         warnings += [self._prompts_warning()]
         warnings += [f"{name} was measured elsewhere: on {machine}" for name, machine in self.elsewhere().items()]
+        warnings += [f"{name} was run with another profile, other weights or prompts: run it" for name in self.stale()]
         stages = {name: {k: f[k] for k in told if k in f} for name, f in (folders | records).items()}
         data = {name: {k: v for k, v in f.items() if k not in ("at", "seconds", "key")} for name, f in folders.items()}
         kept = self._kept()

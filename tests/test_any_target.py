@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import toys
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config
 
-from psnb import data, decode, profile, runner
+from psnb import data, decode, manifest, profile, runner
 from psnb.errors import UserError
 from psnb.study import Study
 
@@ -86,6 +87,15 @@ def test_from_a_folder_to_decoded_text(project, cls, responses):
         assert facts["written"] > 1000 and facts["rows"] > 10
         assert Study.open("mine.toml").ready("eagle-ps")
         assert not study(project).ready("eagle-ps")  # the corpus's own words are another training
+        folder = made.checkpoint("eagle-ps")
+        weights = manifest.read_json(folder / "stage.json")["weights"]
+        shutil.rmtree(folder)
+        words = 'responses = "target"\nresponse_temperature = 1.0'
+        study(project, words).computing_in("bfloat16").drafter("eagle-ps")  # asked for so, trained as before
+        assert manifest.read_json(folder / "stage.json")["weights"] == weights
+        ends = project[0] / "model" / "generation_config.json"
+        ends.write_text(json.dumps({**json.loads(ends.read_text()), "eos_token_id": [0, 7]}))
+        assert not Study.open("mine.toml").ready("eagle-ps")  # texts would end elsewhere
 
 
 def test_a_model_without_a_budget_is_refused_before_its_text_is_read(project, monkeypatch):

@@ -191,6 +191,18 @@ def test_one_notebook_on_a_clone(toy, capsys, plain_report):
     assert found["status"] == "complete" and found["warnings"] == []
 
 
+def test_a_changed_profile_is_told_until_all_is_run_again(toy):
+    book = RunManifest(toy / "results" / "toy" / "manifest.json")
+    assert main(["run", "--profile", "toy.toml"]) == 0 and book.read()["status"] == "complete"
+    (toy / "toy.toml").write_text("seed = 7\n" + (toy / "toy.toml").read_text())
+    assert main(["run", "--profile", "toy.toml", "--only", "02_second"]) == 0
+    found = book.read()
+    assert found["status"] == "partial"
+    assert found["warnings"] == ["01_first was run with another profile, other weights or prompts: run it"]
+    assert main(["run", "--profile", "toy.toml"]) == 0
+    assert book.read()["status"] == "complete" and book.read()["warnings"] == []
+
+
 def test_one_notebook_does_not_make_a_run_complete(toy):
     assert main(["run", "--profile", "toy.toml", "--only", "02_second"]) == 0
     assert RunManifest(toy / "results" / "toy" / "manifest.json").read()["status"] == "partial"

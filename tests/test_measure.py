@@ -343,6 +343,9 @@ def test_trees_fit_the_drafters_there_are():
     specs = {"eagle-ps": ("eagle-ps", 4), "mine": ("eagle", 2), "short": ("eagle", 1), "other": ("medusa", 3)}
     found = measure.trees(sizes, {name: DrafterSpec(kind=kind, k=k) for name, (kind, k) in specs.items()})
     shapes = [(arm.method, arm.k, arm.tree, arm.nodes) for arm in found]
+    for wrong in ([3, 8], [[0, 8]], [[3]]):
+        with pytest.raises(UserError, match="trees of mine: .*; give pairs"):
+            measure.trees({"mine": wrong}, {})
     grown = [("mine", 2, "dynamic", 4), ("mine", 2, "dynamic", 72), ("short", 1, "dynamic", 8)]
     assert shapes == [*(("eagle-ps", 4, "best_first", n) for n in (8, 16, 32)), *grown]
 

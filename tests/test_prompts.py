@@ -171,6 +171,13 @@ def test_question_prompts_are_spec_benchs(chatty, tmp_path):
     file.write_text('{"question_id": 1, "category": "qa", "turns": ["a"]}\n{"question_id": 1, "category": "qa"}\n')
     with pytest.raises(UserError, match=r"question\.jsonl:2: not a question"):
         prompts.question_prompts(file, chatty, 1, 40)
+    for wrong in ('"How are you?"', '[" "]', "[]"):
+        file.write_text(f'{{"question_id": 1, "category": "qa", "turns": {wrong}}}')
+        with pytest.raises(UserError, match=r"question\.jsonl:1: not a question"):
+            prompts.question_prompts(file, chatty, 1, 40)
+    file.write_text('{"question_id": 1, "category": "all", "turns": ["a"]}')
+    with pytest.raises(UserError, match="category 'all' is what is measured over all prompts"):
+        prompts.question_prompts(file, chatty, 1, 40)
     marked = b'\xef\xbb\xbf{"category": "qa", "turns": ["a\xe2\x80\xa8b"]}\n\n'
     file.write_bytes(marked + b'{"category": "qa", "turns": ["c"]}\n')
     found = prompts.question_prompts(file, chatty, 2, 40)[0]  # a byte order mark, a line separator, a blank line

@@ -767,6 +767,27 @@ def test_drafting_within_rounds_stands_beside_the_draft_alone(summary):
     assert "in_rounds" not in report.drafting(summary[summary.stage == "03_draft_times"])
 
 
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        ({"source": "code", "questions": "a/q.jsonl", "held_out": ["attrs"]}, "the questions of q.jsonl"),
+        ({"source": "code", "held_out": ["attrs"]}, "held-out code"),
+        (
+            {"source": "a.jsonl", "questions": "q.jsonl", "held_out": ["attrs"]},
+            "the questions of q.jsonl and held-out code",
+        ),
+    ],
+)
+def test_prompts_in_words(data, text):
+    assert report.asked(data) == text
+
+
+def test_one_prompt_has_no_brackets(summary):
+    one = summary.assign(low=np.nan, high=np.nan, n=1)
+    table = report.headline(one).set_index("method")
+    assert re.fullmatch(r"\d\.\d\d", table.loc["eagle-ps", "x plain, T = 0.7"])
+
+
 def test_of_trees_of_one_size_the_fastest_is_drawn():
     made = []
     for k, steps, speed in ((3, 3.5, 1.6), (4, 4.1, 1.4)):
