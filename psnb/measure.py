@@ -83,12 +83,12 @@ def trees(sizes: dict[str, list[list[int]]], specs: dict[str, DrafterSpec]) -> l
     for name, pairs in sizes.items():
         if not all(isinstance(pair, list) and len(pair) == 2 and min(pair) >= 1 for pair in pairs):
             raise UserError(f"trees of {name}: {pairs}; give pairs [depth, nodes] of 1 or more, such as [[5, 8]]")
-    for name, pairs in sizes.items():
         if (spec := specs.get(name)) is None:
             continue
-        for k, nodes in ((min(k, spec.k), nodes) for k, nodes in pairs):
+        for depth, nodes in pairs:
+            k = min(depth, spec.k)
             grown = spec.kind == "eagle"
-            found.append(Arm(name, k, *(("dynamic", min(nodes, most(k))) if grown else ("best_first", nodes))))
+            found.append(Arm(name, k, "dynamic", min(nodes, most(k))) if grown else Arm(name, k, "best_first", nodes))
     return list(dict.fromkeys(found))
 
 
@@ -656,9 +656,9 @@ def draft_times(
     """
     arms = [(name, k) for name, drafter in drafters.items() for k in ks if k <= drafter.k]
     if not arms or min(ks) < 1:
-        most = max((drafter.k for drafter in drafters.values()), default=0)
+        longest = max((drafter.k for drafter in drafters.values()), default=0)
         raise UserError(
-            f"draft lengths {list(ks)}: give lengths from 1 to {most}, what these drafters were trained for"
+            f"draft lengths {list(ks)}: give lengths from 1 to {longest}, what these drafters were trained for"
         )
     if engine_plays(target):
         prompt, taken = torch.arange(context).remainder(target.vocab_size).tolist(), {}

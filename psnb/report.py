@@ -226,7 +226,7 @@ def shapes(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def _batched(summary: pd.DataFrame) -> str:
-    """What the drafters are worth in larger batches: the range over the larger shapes, by batch and method."""
+    """Of larger batches, if there were any, what the drafters are worth: the range over the larger shapes."""
     rows = pick(summary, "speedup_vs_plain", stage=COST)
     names = rows.task.str.extract(r"(?P<shape>.+) x (?P<batch>\d+)$")
     rows = rows.assign(batch=names.batch.astype(float), shape=names["shape"])
@@ -236,7 +236,7 @@ def _batched(summary: pd.DataFrame) -> str:
         ends = part.groupby("method").value.agg(["min", "max"])
         each = ", ".join(f"`{m}` {ends['min'][m]:.2f} to {ends['max'][m]:.2f}" for m in order(ends.index))
         said.append(f"at batch {batch:.0f}, over the shapes: {each}")
-    return "; ".join(said)
+    return f"; *x plain* {'; '.join(said)}" if said else ""
 
 
 def notes(summary: pd.DataFrame, runs: pd.DataFrame | None = None) -> list[str]:
@@ -846,7 +846,7 @@ def readme_block(summary: pd.DataFrame, facts: dict[str, Any], profile: str, run
         said = [
             "Random weights; decisions are those that a trained model's rounds recorded, so this is the latency of a",
             "shape at that acceptance, not the quality of a model. Drafts are those that were fastest with that model,",
-            f"whose steps are shorter. Batch 1; *x plain* {_batched(summary)}. Measured: {where(facts)}.",
+            f"whose steps are shorter. Batch 1{_batched(summary)}. Measured: {where(facts)}.",
         ]
         return f"{markdown(shapes(summary))}\n\n{' '.join(said)}"
     text = asked((facts.get("settings") or {}).get("data", {}))

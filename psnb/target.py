@@ -183,9 +183,11 @@ def load(path: str | Path, dtype: torch.dtype = torch.float32, device: torch.dev
 
 @torch.inference_mode()
 def _check_projection(target: Target, path: str) -> None:
-    ids = torch.arange(4, device=target.device)[None]
+    ids = torch.arange(4, device=target.device)[None]  # tokens 0 to 3, at these places
     try:
         logits = target.logits(target.features(ids, ids, None))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a model of another build, of many kinds
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"target {path} has no features as a decoder-only model has ({first}): use another") from error

@@ -741,6 +741,8 @@ def test_the_larger_shapes_stand_in_a_table_of_their_own():
         "| eagle | dynamic 63 (k = 4) | 3.90 | 6.00 | 2.60 | 6.00 | 5.20 |",
     ]
     assert "Batch 1; *x plain* at batch 8, over the shapes: `eagle` 3.25 to 3.25. Measured" in table[-1]
+    alone = [line for line in made if not line["task"].endswith("8")]
+    assert "Batch 1. Measured" in report.readme_block(report.rows("07_cost", alone), {"profile": "toy"}, "toy")
 
 
 def test_a_headline_tells_how_its_drafts_were_chosen(summary):

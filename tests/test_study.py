@@ -547,6 +547,9 @@ def test_a_mix_of_chat_files_with_its_own_held_out_and_a_code_task(toy, monkeypa
     made = study.prompts()
     assert made["id"] == ["qa-000"] + [f"code-{i:03d}" for i in range(7)]
     assert set(made["package"][1:]) == {"websocket-client"} and set(made["family"]) == {"qa", "code"}
+    (toy / "question.jsonl").write_text(json.dumps({"question_id": 1, "category": "code", "turns": ["Why?"]}))
+    with pytest.raises(UserError, match="category 'code' is what held-out code is called"):  # their ids would be alike
+        Study.open("toy.toml").prompts()
     (toy / "b.jsonl").write_text('{"text": "another text"}\n')
     assert Study.open("toy.toml").corpus()["train"].num_rows == 31
 
