@@ -39,6 +39,7 @@ from psnb.verify import ACCEPT, DRAFT, EMIT, Verdict, gumbel, uniform
 
 FIRST = 256  # rows of the smallest bucket
 BLOCK = 64  # rows of a cache come in so many
+WIDE = 4096  # rows of the largest bucket that kernels are made for: sums over more are cut in two
 PARTS = ("draft", "verify", "walk", "commit")  # of a round
 CURE = "leave notebook 7 out (`stages`); the others decode it without the engine"
 # The compiler's options. Products of one row become generated reductions, tried in several sizes: faster, and longer to
@@ -487,11 +488,27 @@ class Engine:
 
     def _graphed(self, work: Callable[[], None], pool: Any) -> Callable[[], None]:
         """`work` as a CUDA graph; the state is as before, but for what `work` writes to tensors of its own."""
+        with self._unchanged():
+            return _recorded(work, pool)
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """The state is as before afterwards."""
         before = [part.clone() for part in self.state]
-        replay = _recorded(work, pool)
+        yield
         for part, kept in zip(self.state, before, strict=True):
             part.copy_(kept)
-        return replay
+
+    def _widen(self) -> None:
+        """A plain step at a large bucket: its kernels are made for the first size that they meet, and then serve all.
+
+        Made for 256 rows one sums 2,000 in eight turns; made for 2,000 it sums 256 in one. The whole cache is no such
+        size: what is compiled there serves no other.
+        """
+        wide = max((bucket for bucket in self.buckets[:-1] if bucket <= WIDE), default=0)
+        if wide and self._compiled and self.drafter is None:
+            with self._inside(wide), self._unchanged():
+                self._round()
 
     def _drop_graphs(self) -> None:
         """Rounds are captured anew, in a pool of their own: the old one ends with the last of its graphs."""
@@ -514,6 +531,8 @@ class Engine:
                 self._runs[bucket] = work
             else:
                 began = time.perf_counter()
+                if not self._runs:
+                    self._widen()
                 with self._inside(bucket):
                     self._runs[bucket] = self._graphed(self._round, self._pool)
                 torch.cuda.synchronize()

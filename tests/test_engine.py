@@ -162,6 +162,36 @@ def test_the_second_bucket_compiles_nothing(kind, tree, monkeypatch):
     assert len(of._runs) == 3 and graphs[0] and graphs[0] == graphs[2], graphs
 
 
+@torch.no_grad()
+def test_the_kernels_of_a_plain_step_are_made_for_a_large_bucket(monkeypatch):
+    """As on a GPU, where they are chosen by timing: first for the largest bucket but one, which leaves no trace."""
+    buckets, met = (40, 56, 72), []
+
+    def seen(graph, inputs):
+        met.extend(size for x in inputs if isinstance(x, torch.Tensor) for size in x.shape if size in buckets)
+        return graph.forward
+
+    monkeypatch.setattr(engine, "_compile", lambda f, **options: torch.compile(f, backend=seen))
+    monkeypatch.setattr(engine, "_recorded", lambda work, pool: work())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    target = toys.target(torch.float64)
+    settings = Settings(temperature=0.7, max_new_tokens=9, repeat_stop=0)
+    for graph in (False, True):
+        torch._dynamo.reset()
+        met.clear()
+        of = Engine(target, None, settings, compile_layers=True, buckets=buckets)
+        of._prefill(0, PROMPT, 0)
+        of.graph, before = graph, [part.clone() for part in of.state]
+        run = of._run(40)
+        if not graph:
+            run()
+        else:
+            assert all(torch.equal(part, kept) for part, kept in zip(of.state, before, strict=True))
+        assert set(met) == {72 if graph else 40}
+        of.graph, of._runs = False, {}
+        assert_same(of.generate([PROMPT]), target, None, [PROMPT], settings, [0])
+
+
 def test_no_size_of_a_level_is_a_difference_of_symbols():
     """On a GPU torch 2.11 refuses such sizes in a batch; and the options are the compiler's own."""
     torch._dynamo.reset()
