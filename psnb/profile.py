@@ -118,6 +118,8 @@ CHOICES = {
     "labels": ("soft", "hard"),
 }
 OPTIMIZERS = ("adamw", "muon")
+# keys of drafters with masks alone
+MASKS = ("taps", "link", "curriculum", "mask_mode", "keep", "keep_min", "anchors", "attention")
 
 
 @dataclass(frozen=True)
@@ -274,8 +276,9 @@ def _check(profile: Profile) -> None:
                 raise UserError(f"{own}: {key} {word!r}; {nearest(word, words)}")
         if not 0 <= spec.curriculum <= 1:
             raise UserError(f"{own}: curriculum is a share of the steps, 0 to 1")
-        if (spec.taps or spec.link or spec.curriculum) and not spec.kind.endswith("-ps"):
-            raise UserError(f"{own}: taps, link and curriculum are for medusa-ps and eagle-ps, not {spec.kind}")
+        idle = () if spec.kind.endswith("-ps") else (*MASKS, "layers") if spec.kind == "medusa" else MASKS
+        if given := [key for key in idle if getattr(spec, key) != getattr(DrafterSpec(spec.kind), key)]:
+            raise UserError(f"{own}: {', '.join(given)} would change nothing of {spec.kind}: leave it out")
         if spec.warm_start and spec.warm_start not in names[: names.index(name)]:
             raise UserError(f"{own}: warm_start {spec.warm_start!r} must be a drafter listed before it")
     for name, budget in budgets.items():
