@@ -89,7 +89,7 @@ class TargetSpec:
 
 @dataclass(frozen=True)
 class DrafterSpec:
-    """One drafter q (DESIGN section 2)."""
+    """One drafter q (DESIGN section 2). Keys in `MASKS` are of drafters with masks (*-ps), `layers` not of medusa."""
 
     kind: str  # medusa, eagle, medusa-ps, eagle-ps
     k: int = 8  # slots trained; any draft length up to it can be used
