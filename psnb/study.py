@@ -705,10 +705,16 @@ class Study:
         return name not in self.fresh and same and not self.recorded_only(name)
 
     def _other_text(self, about: dict[str, Any]) -> list[str]:
-        """Files of chats, of those that are here, that changed since these weights were trained on them."""
-        then, now = about.get("corpus", {}), self._chat_files()
-        both = [name for name in self.profile.data.sources if name in then and name in now]
-        return [name for name in both if then[name] != now[name]]
+        """Files of chats, of those that are here, whose change since makes it another text that weights would learn.
+
+        Nothing is trained on the validation file, but what it holds is taken out of the training text.
+        """
+        spec, then, now = self.profile.data, about.get("corpus", {}), self._chat_files()
+        changed = [name for name in now if now[name] != then.get(name, now[name])]
+        if changed == [spec.validation] and now.keys() >= set(spec.sources):
+            self.corpus()
+            return changed if self.made("corpus")["sha256"]["train"] != then["train"] else []
+        return [name for name in changed if name in spec.sources]
 
     def recorded_only(self, name: str) -> bool:
         """Whether a checkpoint is a record without weights, as in a clone of a run whose weights were not published.

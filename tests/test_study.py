@@ -582,6 +582,9 @@ def test_weights_are_trained_again_for_another_text(toy, made, monkeypatch):
     assert models() == ["train target", "train eagle"]
     text(toy / "val.jsonl", "held out too", 3)
     assert models() == []  # nothing is trained on it
+    text(toy / "val.jsonl", "other", 1)  # but what it holds was trained on
+    assert not Study.open("toy.toml").ready("eagle") and models() == ["train target", "train eagle"]
+    assert len(Study.open("toy.toml").corpus()["train"]) == 26 and models() == []
     (toy / "b" / "chats.jsonl").unlink()  # weights do without the text
     assert Study.open("toy.toml").ready("eagle")
 
